@@ -1,0 +1,114 @@
+"""The house rules as tests: who may import whom, and which libraries enter through which door."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "bd3lm_scale"
+
+# Lower number = lower floor. A module may import only from floors below its own (or its own room).
+FLOORS = {
+    "train": 7, "evaluate": 7, "sample": 7, "launch": 7,
+    "step": 6, "validation": 6,
+    "data": 5, "diffusion": 5, "model": 5, "optim": 5, "checkpoint": 5,
+    "parallel": 4,
+    "runtime": 3,
+    "config": 2,
+    "values": 1, "draws": 1,
+}  # fmt: skip
+
+DOORS = {
+    "megatron": {"model", "parallel"},
+    "deepspeed": {"optim"},
+    "webdataset": {"data"},
+    "sentencepiece": {"data"},
+    "tokenizers": {"data"},
+    "transformers": {"checkpoint/hf", "evaluate"},
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    name = first.removesuffix(".py")
+    if name in FLOORS:
+        return name
+    # config_checks.py belongs to config, and so on
+    owners = [room for room in FLOORS if name.startswith(room + "_")]
+    return owners[0] if owners else name
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("relative import")
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    if path.name == "__init__.py":
+        assert path.read_text() == "", "a name has one address: __init__.py files are empty"
+        return
+    if "hf" in path.parts and path.stem.endswith("_bd3lm"):
+        return  # shipped inside exports: stands alone, see test_exported_code_stands_alone
+    room = room_of(path)
+    assert room in FLOORS, f"{path}: no such room; see the table in tests/test_architecture.py"
+    for name in imports_of(path):
+        assert name != "relative import", f"{path}: use absolute imports"
+        if not name.startswith("bd3lm_scale."):
+            continue
+        parts = name.split(".")
+        target = next((r for r in FLOORS if parts[1] == r or parts[1].startswith(r + "_")), parts[1])
+        assert target == room or FLOORS[target] < FLOORS[room], f"{path.name} ({room}) may not import {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_libraries_use_their_doors(path):
+    place = path.relative_to(PACKAGE).as_posix()
+    for name in imports_of(path):
+        library = name.split(".")[0]
+        allowed = DOORS.get(library)
+        assert allowed is None or any(place.startswith(door) for door in allowed), f"{place} imports {library}"
+
+
+def test_light_rooms_load_no_engine():
+    """config, diffusion and data are readable and testable without Megatron or DeepSpeed."""
+    code = (
+        "import sys, pkgutil, importlib, bd3lm_scale.config, bd3lm_scale.diffusion, bd3lm_scale.data\n"
+        "for room in (bd3lm_scale.diffusion, bd3lm_scale.data):\n"
+        "    for m in pkgutil.walk_packages(room.__path__, room.__name__ + '.'): importlib.import_module(m.name)\n"
+        "heavy = {'megatron', 'deepspeed'} & {m.split('.')[0] for m in sys.modules}\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_files_and_functions_stay_small():
+    for path in modules():
+        text = path.read_text()
+        lines = text.count("\n")
+        budget = {"train.py": 200, "step.py": 150}.get(path.name if path.parent == PACKAGE else "", 500)
+        assert lines <= budget, f"{path.name}: {lines} lines, budget {budget}"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 100, f"{path.name}: {node.name} has {length} lines, budget 100"
+
+
+def test_exported_code_stands_alone():
+    """The files shipped in HF folders import nothing of ours: torch and transformers only."""
+    for path in (PACKAGE / "checkpoint" / "hf").glob("*_bd3lm.py"):
+        outside = {n.split(".")[0] for n in imports_of(path)} - {"torch", "transformers", "relative import"}
+        assert outside <= set(sys.stdlib_module_names), f"{path.name} imports {outside}"
