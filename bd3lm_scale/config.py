@@ -4,7 +4,21 @@ Defaults < YAML file < `a.b=c` on the command line. No interpolation, no code in
 section, never the whole tree.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+    """Everything wrong with a configuration at once: one line `field (value): reason; use remedy` per problem.
+
+    Attributes:
+        problems: the lines.
+    """
+
+    def __init__(self, problems: Sequence[str], source: str = "configuration"):
+        self.problems = list(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n  ".join([f"{count} in {source}:", *self.problems]))
 
 
 @dataclass(frozen=True)
