@@ -1,0 +1,420 @@
+"""The checkpoints of one run: saved atomically, verified, the newest valid one found.
+
+    checkpoints/
+      step_00001000/            manifest.json + one safetensors file per rank that owns state
+      step_00000900.damaged     set aside by newest(), with a message that names the file
+      .writing_step_00001100_*  a save in progress, or one that died: removed by the next save
+
+A save: every rank copies the runs it owns (the only stall), then in the background writes its file under a temporary
+folder, fsyncs it and reports its SHA-256 to rank 0; rank 0 writes the manifest last, fsyncs and renames. A rank that
+fails says so in the same exchange, so the others never wait for it, and the run goes on with the checkpoint before.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bd3lm_scale.checkpoint.agreement import Agreement
+from bd3lm_scale.checkpoint.files import DataFile, StoredBox, sync_folder, write_data_file, write_durably
+from bd3lm_scale.checkpoint.manifest import MANIFEST, UnknownVersionError, read_manifest, write_text
+from bd3lm_scale.checkpoint.reader import (
+    CheckpointReader,
+    find_checkpoint,
+    list_steps,
+    open_checkpoint,
+    step_folder,
+)
+from bd3lm_scale.checkpoint.state import KINDS, Box, CheckpointError, boxes_of
+from bd3lm_scale.config import CheckpointConfig
+from bd3lm_scale.runtime import faults
+from bd3lm_scale.runtime.log import get_logger
+from bd3lm_scale.runtime.run_folder import is_fenced
+from bd3lm_scale.values import StateSlice
+
+__all__ = ["CheckpointReader", "CheckpointStore", "SaveReport", "find_checkpoint", "open_checkpoint", "write_weights"]
+
+WRITING, REPLACED, DELETING = ".writing_", ".replaced_", ".deleting_"
+WEIGHT_FILE_BYTES = 2 * 1024**3
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """How a save went.
+
+    Attributes:
+        step: the optimizer step saved.
+        size_bytes: bytes of all files (rank 0; 0 elsewhere).
+        stall_seconds: how long training stood still on this rank.
+        total_seconds: from the call to the renamed folder.
+        problem: None when the checkpoint exists.
+    """
+
+    step: int
+    size_bytes: int
+    stall_seconds: float
+    total_seconds: float
+    problem: str | None
+
+
+@dataclass
+class _Job:
+    """One save of this rank: what to write, already safe from the next optimizer step unless synchronous."""
+
+    step: int
+    meta: str = "{}"
+    boxes: list[StoredBox] = field(default_factory=list)
+    runs: list[Tensor] = field(default_factory=list)
+    problem: str | None = None
+    started: float = 0.0
+    stall_seconds: float = 0.0
+
+
+class CheckpointStore:
+    """Saves and finds the checkpoints of one run. Every method is collective: all ranks call it, in the same order."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: CheckpointConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Args: folder is run_dir/checkpoints; group a gloo group over all ranks that nothing else uses."""
+        self.folder = Path(folder)
+        self.config = config
+        self.last_save: SaveReport | None = None
+        self._agreement = Agreement(rank, world_size, group)
+        self._thread: threading.Thread | None = None
+        self._buffer = torch.empty(0)
+
+    @property
+    def _is_first(self) -> bool:
+        return self._agreement.rank == 0
+
+    def save(self, step: int, slices: Iterable[StateSlice], meta: dict[str, Any]) -> None:
+        """Save the owned slices as the checkpoint of `step`; returns once training may go on.
+
+        With asynchronous saving that is after a copy to host memory. A save still in flight is waited for first.
+        Failures are logged and end up in `last_save.problem`; they are never raised.
+        """
+        started = time.perf_counter()
+        self.wait()
+        job = _Job(step, started=started)
+        try:
+            job.meta = json.dumps({"contents": "full", **meta, "step": step})
+            job.boxes, job.runs = self._take(slices)
+            faults.point("save:copied", step)
+        # whatever went wrong here must reach the other ranks, which are about to wait for this one's report
+        except Exception as error:
+            job.problem = f"{type(error).__name__}: {error}"
+        job.stall_seconds = time.perf_counter() - started
+        if self.config.asynchronous:
+            self._thread = threading.Thread(target=self._write, args=(job,), name=f"save step {step}")
+            self._thread.start()
+        else:
+            self._write(job)
+
+    def wait(self) -> None:
+        """Return when no save is in flight."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def newest(self, step: int | None = None) -> CheckpointReader | None:
+        """The newest checkpoint whose every byte is as it was written; None when there is none.
+
+        The ranks share the work of verifying. Damaged ones are renamed to *.damaged, with a message naming the file.
+
+        Args:
+            step: insist on this step's checkpoint.
+
+        Raises:
+            CheckpointError: `step` is missing or damaged, a checkpoint is of an unknown format version, or a rank
+                cannot read what rank 0 can (then nothing is renamed: the folder is not shared).
+        """
+        self.wait()
+        listed = self._first_decides(self._list)
+        for number, path in ((number, Path(path)) for number, path in listed):
+            if step is not None and number != step:
+                continue
+            reader, problems = self._examine(path)
+            verdict = self._first_decides(lambda path=path, found=problems: self._judge(path, found))
+            if verdict is None:
+                return reader or open_checkpoint(path)
+            if step is not None:
+                raise CheckpointError(f"the checkpoint of step {step} is damaged: {verdict}")
+        if step is not None:
+            there = ", ".join(str(number) for number, _ in reversed(listed)) or "none"
+            raise CheckpointError(f"there is no checkpoint of step {step} in {self.folder} (steps there: {there})")
+        return None
+
+    # -- finding -------------------------------------------------------------------------------------------------
+
+    def _list(self) -> list[tuple[int, str]]:
+        for path in self.folder.glob(f"{REPLACED}*"):
+            # a save died between setting the old checkpoint aside and putting the new one in its place
+            original = self.folder / path.name.removeprefix(REPLACED)
+            if not original.exists():
+                path.rename(original)
+        return [(number, str(path)) for number, path in list_steps(self.folder)]
+
+    def _examine(self, path: Path) -> tuple[CheckpointReader | None, list[dict[str, Any]]]:
+        """This rank's reader, and on rank 0 what every rank found wrong."""
+        reader = None
+        try:
+            reader = CheckpointReader(path, read_manifest(path))
+            found = reader.verify(rank=self._agreement.rank, world_size=self._agreement.world_size)
+            report = {"problems": found, "fatal": False}
+        except CheckpointError as error:
+            report = {"problems": [str(error)], "fatal": isinstance(error, UnknownVersionError)}
+        return reader, self._agreement.collect(report)
+
+    def _judge(self, path: Path, reports: list[dict[str, Any]]) -> str | None:
+        """Rank 0: None for a good checkpoint; otherwise the reason, after setting it aside."""
+        problems = [problem for report in reports for problem in report["problems"]]
+        if not problems:
+            return None
+        if any(report["fatal"] for report in reports):
+            raise CheckpointError(problems[0])
+        try:
+            seen_here = open_checkpoint(path).verify()
+        except CheckpointError as error:
+            seen_here = [str(error)]
+        if not seen_here:
+            ranks = [rank for rank, report in enumerate(reports) if report["problems"]]
+            raise CheckpointError(
+                f"{path} is whole on rank 0, but rank {ranks[0]} reads: {problems[0]}; "
+                "run_dir must be on a file system that all nodes share"
+            )
+        reason = "; ".join(sorted(set(problems)))
+        aside = _free_name(path.with_name(path.name + ".damaged"))
+        path.rename(aside)
+        log.warning("checkpoint %s is damaged: %s; set aside as %s", path.name, reason, aside.name)
+        return reason
+
+    def _first_decides(self, decide: Callable[[], Any]) -> Any:
+        """Rank 0's decision on every rank; its CheckpointError or OSError is raised on every rank."""
+        answer: dict[str, Any] = {}
+        if self._is_first:
+            try:
+                answer = {"value": decide()}
+            except (CheckpointError, OSError) as error:
+                answer = {"error": str(error)}
+        answer = self._agreement.share(answer)
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+        return answer["value"]
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def _take(self, slices: Iterable[StateSlice]) -> tuple[list[StoredBox], list[Tensor]]:
+        """Boxes and runs of the owned slices; the runs are copies in the host buffer when asynchronous."""
+        boxes, runs = [], []
+        for part in slices:
+            if not part.is_owner or part.start == part.stop:
+                continue
+            cut = boxes_of(part)
+            for kind, tensor in part.tensors.items():
+                if kind not in KINDS or tensor.dtype != torch.float32 or tensor.shape != (part.stop - part.start,):
+                    raise ValueError(
+                        f"{part.name}: {kind} is {tensor.dtype} of {tuple(tensor.shape)}; "
+                        f"expected one of {KINDS}, float32 of ({part.stop - part.start},)"
+                    )
+                boxes += [StoredBox(kind, part.name, tuple(part.global_shape), box) for box in cut]
+                runs.append(tensor.detach())
+        return boxes, self._copy(runs) if self.config.asynchronous else runs
+
+    def _copy(self, runs: list[Tensor]) -> list[Tensor]:
+        total = sum(run.numel() for run in runs)
+        if self._buffer.numel() < total:
+            on_gpu = any(run.is_cuda for run in runs)
+            self._buffer = torch.empty(0)
+            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=on_gpu)
+        copies = list(self._buffer[:total].split([run.numel() for run in runs])) if runs else []
+        for copy, run in zip(copies, runs, strict=True):
+            copy.copy_(run, non_blocking=run.is_cuda)
+        if any(run.is_cuda for run in runs):
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _write(self, job: _Job) -> None:
+        """The rest of a save; every path through it takes part in the same three exchanges."""
+        try:
+            folder, problem = self._agreement.share(self._new_folder(job.step) if self._is_first else None)
+            if problem is None:
+                own = self._write_own(Path(folder), job)
+                reports = self._agreement.collect(own)
+                result = self._commit(Path(folder), job, reports) if self._is_first else None
+                problem, size = self._agreement.share(result)
+            else:
+                size = 0
+        # a lost peer or a bug: the run must not stop because it could not save
+        except Exception as error:
+            log.exception("the save of step %d failed", job.step)
+            problem, size = f"{type(error).__name__}: {error}", 0
+        seconds = time.perf_counter() - job.started
+        self.last_save = SaveReport(job.step, size, job.stall_seconds, seconds, problem)
+        if problem is not None and self._is_first:
+            log.error("checkpoint of step %d was NOT saved, training goes on: %s", job.step, problem)
+        elif self._is_first:
+            text = "checkpoint of step %d saved: %.1f MB in %.2f s, training stood still %.2f s"
+            log.info(text, job.step, size / 1e6, seconds, job.stall_seconds)
+
+    def _new_folder(self, step: int) -> tuple[str, str | None]:
+        """Rank 0: remove what dead saves left, make the temporary folder; (path, problem)."""
+        folder = self.folder / f"{WRITING}{step_folder(step)}_{os.getpid()}_{time.time_ns()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for prefix in (WRITING, DELETING):
+                for left in self.folder.glob(f"{prefix}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            folder.mkdir()
+            faults.point("save:folder_made")
+        except (OSError, RuntimeError) as error:
+            return str(folder), f"rank 0: {type(error).__name__}: {error}"
+        return str(folder), None
+
+    def _write_own(self, folder: Path, job: _Job) -> dict[str, Any]:
+        """Write this rank's file; what the others need to know about it, or why there is none."""
+        rank = self._agreement.rank
+        if job.problem is not None:
+            return {"problem": f"rank {rank}: {job.problem}"}
+        if not job.boxes:
+            return {}
+        try:
+            path = folder / f"rank_{rank:05d}.safetensors"
+            file = write_data_file(path, job.boxes, (run.cpu().numpy() for run in job.runs))
+            faults.point("save:file_written")
+        # reported, not raised: the other ranks wait for this report
+        except Exception as error:
+            return {"problem": f"rank {rank}: {type(error).__name__}: {error}"}
+        boxes = [[*stored.to_json(), list(stored.global_shape)] for stored in file.boxes]
+        return {"name": file.name, "bytes": file.size_bytes, "sha256": file.sha256, "boxes": boxes}
+
+    def _commit(self, folder: Path, job: _Job, reports: list[dict[str, Any]]) -> tuple[str | None, int]:
+        """Rank 0: manifest, fsync, rename, prune; (problem, bytes)."""
+        problem = "; ".join(report["problem"] for report in reports if "problem" in report) or None
+        size = sum(report.get("bytes", 0) for report in reports)
+        try:
+            if problem is None and is_fenced(self.folder.parent):
+                problem = "a newer attempt of this run owns the folder"
+            if problem is None:
+                files = [_file_from_report(report) for report in reports if report]
+                faults.point("save:before_manifest")
+                write_durably(folder / MANIFEST, write_text(json.loads(job.meta), files))
+                sync_folder(folder)
+                faults.point("save:before_rename")
+                self._put_in_place(folder, job.step)
+                faults.point("save:after_rename")
+                self._prune(job.step)
+        # reported, not raised: the other ranks wait for the verdict
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        return problem, size
+
+    def _put_in_place(self, folder: Path, step: int) -> None:
+        final = self.folder / step_folder(step)
+        replaced = self.folder / f"{REPLACED}{step_folder(step)}"
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+            faults.point("save:replacing")
+        folder.rename(final)
+        sync_folder(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _prune(self, step: int) -> None:
+        """Remove what keep_last and keep_every do not keep, and set aside the future of an abandoned line."""
+        steps = list_steps(self.folder)
+        for _, path in (item for item in steps if item[0] > step):
+            # the run went back to an earlier checkpoint and has now saved again: these are not its future any more
+            aside = _free_name(path.with_name(path.name + ".abandoned"))
+            path.rename(aside)
+            log.warning("checkpoint %s is from before the run went back; set aside as %s", path.name, aside.name)
+        past = [item for item in steps if item[0] <= step]
+        every = self.config.keep_every
+        for number, path in past[max(1, self.config.keep_last) :]:
+            if not (every and number % every == 0):
+                # renamed first: a half-removed folder must not look like a damaged checkpoint
+                doomed = path.rename(_free_name(path.with_name(DELETING + path.name)))
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _file_from_report(report: dict[str, Any]) -> DataFile:
+    boxes = tuple(
+        StoredBox(kind, name, tuple(whole), Box(tuple(offset), tuple(shape)), position)
+        for kind, name, offset, shape, position, whole in report["boxes"]
+    )
+    return DataFile(report["name"], report["bytes"], report["sha256"], boxes)
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with .1, .2, ... appended when it is taken."""
+    if not path.exists():
+        return path
+    return next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{i}")).exists())
+
+
+def write_weights(folder: str | Path, tensors: Iterable[tuple[str, str, Tensor]], meta: dict[str, Any]) -> Path:
+    """Write a checkpoint that holds only weights, from one process, in memory bounded by one file.
+
+    Args:
+        folder: the checkpoint folder to create.
+        tensors: (global name, kind, whole tensor) with kind "master" or "ema"; any floating dtype.
+        meta: the record; contents is set to "weights".
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the folder exists; OSError: what the disk says.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists; choose another destination or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{WRITING}{folder.name}_{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        files = []
+        for i, batch in enumerate(_batches(tensors, WEIGHT_FILE_BYTES)):
+            boxes = [
+                StoredBox(k, n, tuple(t.shape), Box(tuple(0 for _ in t.shape), tuple(t.shape))) for n, k, t in batch
+            ]
+            runs = (t.detach().to(device="cpu", dtype=torch.float32).reshape(-1).numpy() for _, _, t in batch)
+            files.append(write_data_file(temporary / f"weights_{i:05d}.safetensors", boxes, runs))
+        write_durably(temporary / MANIFEST, write_text({**meta, "contents": "weights"}, files))
+        sync_folder(temporary)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _batches(tensors: Iterable[tuple[str, str, Tensor]], limit_bytes: int) -> Iterator[list[tuple[str, str, Tensor]]]:
+    batch, size = [], 0
+    for item in tensors:
+        batch.append(item)
+        size += 4 * item[2].numel()
+        if size >= limit_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
