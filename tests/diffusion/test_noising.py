@@ -1,6 +1,7 @@
 """Noise is a pure function of seed, step, position, block and token; times are unbiased; masks have their rates."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_noise_does_not_depend_on_how_the_batch_is_split(objective, sizes):
     process, rows = process_for(objective), text(12)
     whole = noise(rows, process)
     starts = np.cumsum([0, *sizes])
-    parts = [noise(cut(rows, a, b), process) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    parts = [noise(cut(rows, a, b), process) for a, b in pairwise(starts)]
     for name in ("input_BP", "target_BL", "is_scored_BL", "weight_BL", "counts_BL", "time_BN", "sigma_B"):
         assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name
     assert sum(stream_hash(p) for p in parts) % 2**64 == stream_hash(whole)
