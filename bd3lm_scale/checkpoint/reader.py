@@ -177,7 +177,8 @@ class CheckpointReader:
         covered = 0
         for i, inside, wanted in self._index[kind, name].overlapping(box):
             file, stored = entries[i]
-            self._read_region(file, stored, inside, out[wanted])
+            # the ellipsis keeps a view where a tensor has no dimensions
+            self._read_region(file, stored, inside, out[(*wanted, ...)])
             covered += prod(part.stop - part.start for part in inside)
         if covered != box.volume:
             raise CheckpointError(
