@@ -1,0 +1,105 @@
+"""Configuration of BD3-LM models in the Hugging Face format (field names of the published checkpoints)."""
+
+from transformers import PretrainedConfig
+
+
+class BD3LMConfig(PretrainedConfig):
+    """Sizes and objective of a block-diffusion language model, or of one of its baselines.
+
+    Args:
+        block_size: L', tokens denoised together.
+        vocab_size: ids including the mask.
+        model_length: L, the context length in tokens.
+        cross_attn: the noisy tokens attend to the clean copy of earlier blocks (block diffusion).
+        adaln: adaptive layer norm driven by the time embedding (false for autoregressive models).
+        attn_backend: kept for compatibility; this code always uses PyTorch's scaled_dot_product_attention.
+        causal: an autoregressive model.
+        hidden_dim, cond_dim, n_blocks, n_heads, mlp_ratio, dropout: sizes of the transformer.
+        time_conditioning: the noise level reaches the time embedding (zeros otherwise).
+        var_min: sampling_eps_min and sampling_eps_max are stored beside the weights.
+        sampling_eps_min, sampling_eps_max: the clipped interval that training times are drawn from.
+        objective: bd3lm | mdlm | sedd | ar; derived from the fields above when absent (published checkpoints).
+        mask_token_id: id of the mask; the last id when absent.
+        ignore_bos: the first token is given: never noised, never scored.
+        tied_head: the head's weight equals the embedding (it is stored twice all the same).
+    """
+
+    model_type = "bd3lm"
+    _auto_class = "AutoConfig"
+    attribute_map = {  # noqa: RUF012  (the name and kind of attribute are prescribed by transformers)
+        "hidden_size": "hidden_dim",
+        "num_hidden_layers": "n_blocks",
+        "num_attention_heads": "n_heads",
+        "max_position_embeddings": "model_length",
+    }
+
+    def __init__(
+        self,
+        block_size=1,
+        vocab_size=50258,
+        model_length=1024,
+        cross_attn=True,
+        adaln=True,
+        attn_backend="sdpa",
+        causal=False,
+        hidden_dim=768,
+        cond_dim=128,
+        n_blocks=12,
+        n_heads=12,
+        dropout=0.1,
+        time_conditioning=False,
+        var_min=True,
+        sampling_eps_min=1e-3,
+        sampling_eps_max=0.999,
+        mlp_ratio=4,
+        objective=None,
+        mask_token_id=None,
+        ignore_bos=None,
+        tied_head=False,
+        **kwargs,
+    ):
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.model_length = model_length
+        self.cross_attn = cross_attn
+        self.adaln = adaln
+        self.attn_backend = attn_backend
+        self.causal = causal
+        self.hidden_dim = hidden_dim
+        self.cond_dim = cond_dim
+        self.n_blocks = n_blocks
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.time_conditioning = time_conditioning
+        self.var_min = var_min
+        self.sampling_eps_min = sampling_eps_min
+        self.sampling_eps_max = sampling_eps_max
+        self.mlp_ratio = mlp_ratio
+        self.objective = objective or self._derive_objective()
+        self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
+        self.ignore_bos = self.objective != "ar" if ignore_bos is None else ignore_bos
+        self.tied_head = tied_head
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+        self._check()
+
+    def _derive_objective(self):
+        """The published checkpoints do not name their objective, but these fields tell it."""
+        if self.causal:
+            return "ar"
+        if self.cross_attn:
+            return "bd3lm"
+        return "sedd" if self.time_conditioning else "mdlm"
+
+    def _check(self):
+        if self.objective not in ("bd3lm", "mdlm", "sedd", "ar"):
+            raise ValueError(f"objective ({self.objective}): unknown; use bd3lm, mdlm, sedd or ar")
+        if self.hidden_dim % self.n_heads:
+            raise ValueError(f"hidden_dim ({self.hidden_dim}) is not a multiple of n_heads ({self.n_heads})")
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id ({self.mask_token_id}) is outside the vocabulary of {self.vocab_size} ids")
+
+    @property
+    def attention_block(self):
+        """Tokens that see each other both ways: L' for bd3lm, 1 for ar; None: the whole sequence."""
+        return {"bd3lm": self.block_size, "ar": 1}.get(self.objective)

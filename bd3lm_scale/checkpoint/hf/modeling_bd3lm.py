@@ -1,0 +1,410 @@
+"""The BD3-LM diffusion transformer for Hugging Face transformers; depends on torch and transformers only.
+
+Parameter names and the meaning of `timesteps` are those of the published BD3-LM checkpoints.
+
+Shapes: B rows, L tokens in a row, N blocks in a row, S tokens in a block, P positions the transformer reads
+(2L for [noisy ; clean], otherwise the tokens given), Q queries, J keys, D width, C conditioning width, H heads,
+K head width, V ids including the mask.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from .configuration_bd3lm import BD3LMConfig
+from .generation_bd3lm import BlockGeneration
+from .likelihood_bd3lm import Likelihood
+
+
+class BlockCache:
+    """Keys (after rotation) and values of the clean tokens of earlier blocks, one pair per layer.
+
+    Holds at most window - S tokens, so that with the current block a window of context is attended to. Positions
+    go on rising while old tokens fall out: attention depends on their differences only.
+    """
+
+    def __init__(self, num_layers, window, block_size):
+        self.window = window
+        self.block_size = block_size
+        self.num_tokens = 0
+        """Tokens committed so far, dropped ones included: the position of the next token."""
+        self.keys = [None] * num_layers
+        self.values = [None] * num_layers
+
+    @property
+    def length(self):
+        """Tokens held."""
+        return 0 if self.keys[0] is None else self.keys[0].shape[2]
+
+    def extend(self, layer, key_BHQK, value_BHQK, commit):
+        """Held and new keys and values, (B, H, J, K) each; `commit` keeps the new ones."""
+        if self.keys[layer] is not None:
+            key_BHQK = torch.cat([self.keys[layer], key_BHQK], dim=2)
+            value_BHQK = torch.cat([self.values[layer], value_BHQK], dim=2)
+        if commit:
+            kept = self.window - self.block_size
+            start = max(key_BHQK.shape[2] - kept, 0)
+            self.keys[layer], self.values[layer] = key_BHQK[:, :, start:], value_BHQK[:, :, start:]
+        return key_BHQK, value_BHQK
+
+    def keep_rows(self, index):
+        """Go on with these rows (int64 indices or bool) only."""
+        self.keys = [k[index.to(k.device)] for k in self.keys if k is not None] or self.keys
+        self.values = [v[index.to(v.device)] for v in self.values if v is not None] or self.values
+
+
+def pair_visibility(length, block_size, device):
+    """Bool (2L, 2L), True where [noisy ; clean] position q attends to j (paper, Section 3 and Appendix B.6)."""
+    position = torch.arange(2 * length, device=device)
+    is_clean, block = position >= length, (position % length) // block_size
+    own_block = (is_clean[:, None] == is_clean) & (block[:, None] == block)
+    earlier_clean = is_clean & (block < block[:, None])
+    return own_block | earlier_clean
+
+
+def window_visibility(query_Q, key_J, block_size, window=None):
+    """Bool (Q, J): keys of the query's own and earlier blocks, at most `window` tokens back from its block's end."""
+    block_end_Q = (query_Q // block_size + 1) * block_size
+    visible = key_J < block_end_Q[:, None]
+    return visible if window is None else visible & (key_J >= block_end_Q[:, None] - window)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in float32 with a weight and no bias; returns float32."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BPD):
+        """Normalise the last dimension."""
+        return F.layer_norm(x_BPD.float(), x_BPD.shape[-1:]) * self.weight.float()
+
+
+class Rotary(nn.Module):
+    """Rotary position angles, half-split (NeoX) layout."""
+
+    def __init__(self, head_width):
+        super().__init__()
+        self.head_width = head_width
+        # In published checkpoints, so in ours. Never read: loaders may round it to bfloat16.
+        self.register_buffer("inv_freq", self.frequencies("cpu").float())
+
+    def frequencies(self, device):
+        """10000^(-2j/K), float64 where the device has it."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        return 10000.0 ** -(torch.arange(0, self.head_width, 2, device=device, dtype=dtype) / self.head_width)
+
+    def forward(self, position_P):
+        """Cosines and sines, float32 (P, K) each."""
+        frequency = self.frequencies(position_P.device)
+        angle = torch.outer(position_P.to(frequency.dtype), frequency)
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x_BHPK, cos_PK, sin_PK):
+    """Rotate queries or keys, in float32."""
+    x = x_BHPK.float()
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos_PK + torch.cat([-second, first], dim=-1) * sin_PK).to(x_BHPK.dtype)
+
+
+def project(linear, x):
+    """A linear layer in its own dtype, result in float32 (the residual stream is float32 in every dtype)."""
+    return linear(x.to(linear.weight.dtype)).float()
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP with adaptive layer norm (paper, Appendix C); without it for autoregressive models."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        width = config.hidden_dim
+        self.index = index
+        self.num_heads = config.n_heads
+        self.dropout = config.dropout
+        self.norm1 = LayerNorm(width)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, config.mlp_ratio * width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.mlp_ratio * width, width),
+        )
+        if config.adaln:
+            self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * width)
+
+    def forward(self, x_BPD, cond_BC, rotation, visible, cache=None, commit=False):
+        """One block; `rotation` is (cos, sin), `visible` a bool mask that broadcasts to (B, H, Q, J), or None."""
+        if cond_BC is None:
+            shift1 = scale1 = shift2 = scale2 = 0.0
+            gate1 = gate2 = 1.0
+        else:
+            modulation = project(self.adaLN_modulation, cond_BC)[:, None]
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        h_BPD = self.attend(self.norm1(x_BPD) * (1 + scale1) + shift1, rotation, visible, cache, commit)
+        x_BPD = x_BPD + gate1 * F.dropout(h_BPD, self.dropout, self.training)
+        h_BPD = (self.norm2(x_BPD) * (1 + scale2) + shift2).to(self.attn_out.weight.dtype)
+        return x_BPD + gate2 * F.dropout(self.mlp(h_BPD).float(), self.dropout, self.training)
+
+    def attend(self, h_BPD, rotation, visible, cache, commit):
+        """Multi-head attention over the given positions and the cache."""
+        qkv = self.attn_qkv(h_BPD.to(self.attn_qkv.weight.dtype))
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.extend(self.index, k, v, commit)
+        out_BHPK = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        return project(self.attn_out, out_BHPK.transpose(1, 2).flatten(2))
+
+
+class TimestepEmbedder(nn.Module):
+    """Noise level (B,) to a conditioning vector (B, C)."""
+
+    num_features = 256
+
+    def __init__(self, cond_dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.num_features, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+
+    def forward(self, sigma_B):
+        """Sinusoidal features through two layers."""
+        half = self.num_features // 2
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=sigma_B.device, dtype=torch.float32) / half)
+        angle = sigma_B[:, None].float() * frequency
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype)).float()
+
+
+class Embedding(nn.Module):
+    """Token embedding; a bare parameter named as in the published checkpoints."""
+
+    def __init__(self, vocab_size, width):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, token_BP):
+        """Look up, as float32."""
+        return F.embedding(token_BP, self.embedding).float()
+
+
+class OutputLayer(nn.Module):
+    """Final adaptive norm and head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm_final = LayerNorm(config.hidden_dim)
+        self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
+        if config.adaln:
+            self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
+
+    def forward(self, x_BPD, cond_BC):
+        """Logits, float32 (B, P, V)."""
+        h = self.norm_final(x_BPD)
+        if cond_BC is not None:
+            shift, scale = project(self.adaLN_modulation, cond_BC)[:, None].chunk(2, dim=-1)
+            h = h * (1 + scale) + shift
+        return project(self.linear, h)
+
+
+class Backbone(nn.Module):
+    """The diffusion transformer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vocab_embed = Embedding(config.vocab_size, config.hidden_dim)
+        if config.adaln:
+            self.sigma_map = TimestepEmbedder(config.cond_dim)
+        self.rotary_emb = Rotary(config.hidden_dim // config.n_heads)
+        self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.n_blocks))
+        self.output_layer = OutputLayer(config)
+
+    def encode(self, token_BP, position_P, cond_BC, visible, cache=None, commit=False):
+        """Hidden states after the embedding and after every block, (B, P, D) each."""
+        x_BPD = self.vocab_embed(token_BP)
+        rotation = self.rotary_emb(position_P)
+        hidden = [x_BPD]
+        for block in self.blocks:
+            x_BPD = block(x_BPD, cond_BC, rotation, visible, cache=cache, commit=commit)
+            hidden.append(x_BPD)
+        return hidden
+
+
+class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
+    """Block-diffusion language model (bd3lm) and its baselines (mdlm, sedd, ar)."""
+
+    config_class = BD3LMConfig
+    base_model_prefix = "bd3lm"
+    _no_split_modules = ["DiTBlock"]  # noqa: RUF012  (prescribed by transformers)
+    _supports_sdpa = True
+    _auto_class = "AutoModelForMaskedLM"  # save_pretrained copies this code (transformers 4 does not by itself)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = Backbone(config)
+        if config.var_min:
+            self.register_buffer("sampling_eps_min", torch.tensor(config.sampling_eps_min))
+            self.register_buffer("sampling_eps_max", torch.tensor(config.sampling_eps_max))
+        self._cache = None
+        self.post_init()
+
+    @classmethod
+    def can_generate(cls):
+        """`generate` is our own; transformers need only know that generation_config.json is to be read."""
+        return True
+
+    def _init_weights(self, module):
+        """The paper's initialisation: adaLN and head start at zero, everything else at torch's defaults."""
+        if isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, Embedding):
+            bound = module.embedding.shape[1] ** -0.5
+            nn.init.uniform_(module.embedding, -bound, bound)
+        elif isinstance(module, LayerNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, Rotary) and not module.inv_freq.is_meta:
+            module.inv_freq.copy_(module.frequencies("cpu"))
+        if isinstance(module, DiTBlock | OutputLayer) and hasattr(module, "adaLN_modulation"):
+            nn.init.zeros_(module.adaLN_modulation.weight)
+            nn.init.zeros_(module.adaLN_modulation.bias)
+        if isinstance(module, OutputLayer):
+            nn.init.zeros_(module.linear.weight)
+            nn.init.zeros_(module.linear.bias)
+
+    def get_input_embeddings(self):
+        """The token embedding (its parameter is called `embedding`)."""
+        return self.backbone.vocab_embed
+
+    def get_output_embeddings(self):
+        """The head; never tied."""
+        return self.backbone.output_layer.linear
+
+    # ---- key/value cache -------------------------------------------------------------------------------------------
+
+    def new_cache(self):
+        """An empty cache for `past_key_values`; the window is model_length."""
+        if self.config.attention_block is None:
+            raise ValueError(f"a {self.config.objective} model reads both ways: it has no key/value cache")
+        return BlockCache(self.config.n_blocks, self.config.model_length, self.config.attention_block)
+
+    def reset_kv_cache(self, eval_batch_size=None):
+        """Start a cache kept by the model (the published interface): later sample_mode calls read and extend it."""
+        self._cache = self.new_cache()
+
+    def drop_kv_cache(self):
+        """Go back to calls without a cache."""
+        self._cache = None
+
+    # ---- the network -----------------------------------------------------------------------------------------------
+
+    def conditioning(self, timesteps, batch, device):
+        """(B, C) from the noise level: zeros in its place without time conditioning, None without adaLN."""
+        if not self.config.adaln:
+            return None
+        if not self.config.time_conditioning:
+            sigma_B = torch.zeros(batch, device=device)
+        elif timesteps is None:
+            raise ValueError("this model is conditioned on the noise level: pass timesteps (sigma), shape (B,)")
+        else:
+            sigma_B = timesteps.to(device).float().reshape(batch, -1).mean(-1)
+        return F.silu(self.backbone.sigma_map(sigma_B))
+
+    def _is_pair(self, length, sample_mode):
+        """Whether the input is [noisy ; clean]: said by sample_mode, else recognised by its length of 2L."""
+        if self.config.objective != "bd3lm" or sample_mode:
+            return False
+        if sample_mode is None:
+            return length == 2 * self.config.model_length
+        if length % 2:
+            raise ValueError(f"sample_mode=False reads [noisy ; clean]: {length} tokens are not two equal halves")
+        return True
+
+    def encode(self, input_ids, timesteps=None, attention_mask=None, is_pair=False, cache=None, commit=False):
+        """Hidden states of every layer and the conditioning vector; in pair mode of both halves."""
+        batch, length = input_ids.shape
+        device, block = input_ids.device, self.config.attention_block
+        cond_BC = self.conditioning(timesteps, batch, device)
+        visible = None
+        if is_pair:
+            position_P = torch.arange(length // 2, device=device).repeat(2)
+            visible = pair_visibility(length // 2, block, device)
+        elif cache is not None:
+            start = cache.num_tokens
+            position_P = torch.arange(start, start + length, device=device)
+            if attention_mask is not None:
+                raise ValueError("attention_mask cannot be combined with a key/value cache: pass rows without padding")
+            if length > block or length + cache.length > cache.window:
+                key_J = torch.arange(start - cache.length, start + length, device=device)
+                visible = window_visibility(position_P, key_J, block, cache.window)
+        else:
+            position_P = torch.arange(length, device=device)
+            if block is not None:
+                visible = window_visibility(position_P, position_P, block)
+        if attention_mask is not None:
+            real_B11J = attention_mask.bool().to(device)[:, None, None, :]
+            if is_pair and real_B11J.shape[-1] * 2 == length:
+                real_B11J = real_B11J.repeat(1, 1, 1, 2)
+            # A padding position sees itself, so that no query is left without a key.
+            itself = torch.eye(length, dtype=torch.bool, device=device)
+            visible = (real_B11J if visible is None else visible & real_B11J) | itself
+        hidden = self.backbone.encode(input_ids, position_P, cond_BC, visible, cache=cache, commit=commit)
+        if cache is not None and commit:
+            cache.num_tokens += length
+        return hidden, cond_BC
+
+    def forward(
+        self,
+        input_ids=None,
+        timesteps=None,
+        attention_mask=None,
+        labels=None,
+        sample_mode=None,
+        store_kv=None,
+        past_key_values=None,
+        mask_rate=None,
+        generator=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
+        """Logits, and the negative evidence lower bound (NELBO) when `labels` are given.
+
+        Args:
+            input_ids: (B, 2L) [noisy ; clean] as in training (bd3lm), or a plain sequence (B, P). A plain bd3lm
+                sequence is block-causal: each block sees itself and the blocks before it, so earlier blocks should
+                be clean and the last one noisy. mdlm and sedd see everything, ar is causal.
+            timesteps: noise level sigma, (B,) or (B, n) (averaged); needed with time conditioning only.
+            attention_mask: (B, L), 0 for padding: it is seen by no token and not scored.
+            labels: (B, L) clean text. input_ids is then the same text; noise is drawn here and `loss` is the NELBO
+                in nats per scored token (ar: the exact cross-entropy). Tokens labelled -100 stay clean and unscored.
+            sample_mode: True: a plain sequence even if 2L long; False: [noisy ; clean] whatever its length.
+            store_kv: keep the given (clean) blocks in the cache.
+            past_key_values: a cache from `new_cache()`; input_ids are then the tokens after the cached ones.
+            mask_rate: with labels: input_ids is noisy already, each token masked with this probability;
+                (B,) or (B, N), one per block.
+            generator: torch.Generator for the noise.
+            output_hidden_states, return_dict: as everywhere in transformers; with return_dict=False the bare logits
+                (or (logits, hidden_states), or (loss, logits)) are returned, as the published code does.
+        """
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        if labels is not None:
+            loss, logits = self._labelled(input_ids, labels, timesteps, attention_mask, mask_rate, generator)
+            return MaskedLMOutput(loss=loss, logits=logits) if return_dict else (loss, logits)
+        cache = past_key_values if past_key_values is not None else (self._cache if sample_mode else None)
+        is_pair = cache is None and self._is_pair(input_ids.shape[1], sample_mode)
+        hidden, cond_BC = self.encode(input_ids, timesteps, attention_mask, is_pair, cache, bool(store_kv))
+        if is_pair:
+            hidden = [h[:, : input_ids.shape[1] // 2] for h in hidden]
+        logits = self.backbone.output_layer(hidden[-1], cond_BC)
+        hidden = tuple(hidden) if output_hidden_states else None
+        if return_dict:
+            return MaskedLMOutput(logits=logits, hidden_states=hidden)
+        return logits if hidden is None else (logits, hidden)
