@@ -241,6 +241,8 @@ class RuntimeConfig:
     """skip | rollback | stop: what to do with a non-finite loss or gradient."""
     max_skips: int = 10
     """Skipped updates in a row before the run stops."""
+    max_rollbacks: int = 3
+    """Rollbacks without a good step beyond the bad one before the run stops."""
     spike_factor: float | None = None
     """Treat a loss above this multiple of its running median as on_nan; null: off."""
     dump_bad_batches: bool = False

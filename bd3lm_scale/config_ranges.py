@@ -83,6 +83,7 @@ INTERVALS = {
     "checkpoint.keep_last": "[1, inf)",
     "checkpoint.keep_every": "[1, inf)",
     "runtime.max_skips": "[1, inf)",
+    "runtime.max_rollbacks": "[0, inf)",
     "runtime.spike_factor": "(1, inf)",
     "runtime.collective_timeout_seconds": "(0, inf)",
     "runtime.hang_factor": "(1, inf)",

@@ -13,6 +13,7 @@ run_dir/STOP is the user's: it asks the run to save and end.
 
 import json
 import os
+import socket
 from pathlib import Path
 
 ATTEMPT_VARIABLE = "BD3LM_ATTEMPT"
@@ -26,6 +27,11 @@ def current_rank() -> int:
 def current_attempt() -> str:
     """`restart.attempt` of this process: requeues so far, then starts within this allocation; "0.0" when alone."""
     return os.environ.get(ATTEMPT_VARIABLE, "0.0")
+
+
+def node_name() -> str:
+    """This machine's name as the scheduler knows it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def has_launcher() -> bool:

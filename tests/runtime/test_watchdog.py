@@ -1,0 +1,122 @@
+"""Hangs, with real processes that stop moving."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bd3lm_scale.config import RuntimeConfig
+from bd3lm_scale.runtime.exit_codes import ExitCode
+from bd3lm_scale.runtime.run_folder import read_json
+from bd3lm_scale.runtime.watchdog import Beat, Watchdog, diagnose, read_beats
+
+LOOP = """
+import os, sys, time
+from bd3lm_scale.config import RuntimeConfig
+from bd3lm_scale.runtime.log import set_up_logging
+from bd3lm_scale.runtime.watchdog import Watchdog
+run_dir, rank, hang_at, limit, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
+set_up_logging(run_dir, rank)
+config = RuntimeConfig(hang_factor=3, hang_min_seconds=limit, heartbeat_seconds=0.1, collective_timeout_seconds=limit)
+dog = Watchdog(run_dir, config, rank, 2).start()
+def stuck_in_python():
+    time.sleep(60)
+def stuck_in_native_code():
+    import ctypes
+    ctypes.PyDLL(None).usleep(60_000_000)  # PyDLL keeps the interpreter lock: no Python thread runs any more
+for step in range(1, 10_000):
+    time.sleep(0.02)
+    if step == hang_at:
+        {"python": stuck_in_python, "native": stuck_in_native_code}[how]()
+    dog.beat(step)
+"""
+
+
+def start(run_dir, rank, hang_at, limit=0.6, how="python"):
+    command = [sys.executable, "-c", LOOP, str(run_dir), str(rank), str(hang_at), str(limit), how]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_hang_leaves_stacks_and_a_diagnosis(tmp_path):
+    started = time.monotonic()
+    stuck, waiting = start(tmp_path, 1, hang_at=20), start(tmp_path, 0, hang_at=21)
+    assert stuck.wait(timeout=30) == ExitCode.HANG
+    assert waiting.wait(timeout=30) == ExitCode.HANG
+    assert time.monotonic() - started < 15
+    assert "stuck_in_python" in (tmp_path / "runtime/stacks/rank_00001.txt").read_text()
+    text = (tmp_path / "log.txt").read_text()
+    assert "hang: no progress" in text
+    assert "rank 1 on" in text
+    assert "furthest behind" in text
+    assert read_json(tmp_path / "runtime/hang.json")["ranks"] == [1]
+    for process in (stuck, waiting):
+        process.stderr.close()
+
+
+def test_frozen_process_is_the_suspect(tmp_path):
+    frozen, waiting = start(tmp_path, 1, hang_at=10**6), start(tmp_path, 0, hang_at=60)
+    try:
+        deadline = time.monotonic() + 20
+        while len(read_beats(tmp_path / "runtime")) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        frozen.send_signal(signal.SIGSTOP)
+        assert waiting.wait(timeout=30) == ExitCode.HANG
+    finally:
+        frozen.kill()
+        frozen.communicate()
+        waiting.stderr.close()
+    assert "rank 1" in (tmp_path / "log.txt").read_text()
+    assert "no longer answers" in (tmp_path / "log.txt").read_text()
+
+
+def test_native_call_that_holds_the_interpreter_lock_is_ended_too(tmp_path):
+    process = start(tmp_path, 0, hang_at=40, how="native")
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "stuck_in_native_code" in stderr
+
+
+def test_limit_follows_the_median_step(tmp_path):
+    config = RuntimeConfig(hang_factor=10, hang_min_seconds=0.05, collective_timeout_seconds=100)
+    dog = Watchdog(tmp_path, config)
+    assert dog.limit_seconds == 100, "nothing is known before the first steps (compilation)"
+    for step in range(1, 8):
+        dog.beat(step)
+        time.sleep(0.02)
+    assert dog.limit_seconds == pytest.approx(0.2, rel=0.5)
+    dog.beat(7, "validation")
+    assert dog.limit_seconds == 100
+    time.sleep(0.3)
+    dog.beat(8)
+    assert dog.limit_seconds < 0.4, "a validation is no step time"
+
+
+def test_moving_run_is_left_alone(tmp_path):
+    config = RuntimeConfig(hang_factor=3, hang_min_seconds=0.3, heartbeat_seconds=0.05, collective_timeout_seconds=0.3)
+    dog = Watchdog(tmp_path, config).start()
+    for step in range(40):
+        dog.beat(step)
+        time.sleep(0.02)
+    dog.stop()
+    (beat,) = read_beats(tmp_path / "runtime").values()
+    assert beat.progress > 30
+
+
+def test_other_attempts_heartbeats_do_not_count(tmp_path, monkeypatch):
+    Watchdog(tmp_path, RuntimeConfig(), rank=0).start().stop()
+    monkeypatch.setenv("BD3LM_ATTEMPT", "0.1")
+    assert read_beats(tmp_path / "runtime") == {}
+
+
+def test_diagnosis():
+    def beat(rank, progress, alive):
+        return Beat(rank, f"node{rank // 2}", progress, alive, progress, "step")
+
+    before = {rank: beat(rank, 7, 1) for rank in range(4)}
+    silent, text = diagnose(before, {r: beat(r, 7, 1 if r == 2 else 2) for r in range(4)})
+    assert silent == [2]
+    assert "rank 2 on node1 (step 7, phase step)" in text
+    assert diagnose(before, {r: beat(r, 6 if r == 3 else 7, 2) for r in range(4)})[0] == [3]
+    assert diagnose(before, {r: beat(r, 7, 2) for r in range(4)})[0] == []
