@@ -1,0 +1,142 @@
+"""What is asked of a sampler and what it gives back.
+
+Shapes: B samples, S positions of one block.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bd3lm_scale.diffusion.samplers.filtering import TokenFilter
+from bd3lm_scale.diffusion.samplers.stopping import StopRule
+from bd3lm_scale.draws import derive_key, uniforms
+
+_WORDS_PER_POSITION = 4  # one Philox counter per position, so a draw depends on nothing but its position
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One batch of samples.
+
+    Attributes:
+        prompts: tokens that each sample starts with, of any lengths; () is an empty prompt.
+        length: tokens of a finished sample, prompt included.
+        mask_token_id: the mask.
+        seed: of the whole sampling run.
+        sample_index: number of each sample in that run. Draws depend on (seed, sample_index, position) only, so a
+            sample is the same in any batch.
+        token_filter: nucleus, top-k, temperature.
+        stop: when a sample ends before `length`.
+        device: where the network's inputs go.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    length: int
+    mask_token_id: int
+    seed: int = 1
+    sample_index: tuple[int, ...] = ()
+    token_filter: TokenFilter = field(default_factory=TokenFilter)
+    stop: StopRule = field(default_factory=StopRule)
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("prompts: none given; use one per sample (an empty one is allowed)")
+        if not self.sample_index:
+            object.__setattr__(self, "sample_index", tuple(range(len(self.prompts))))
+        if len(self.sample_index) != len(self.prompts):
+            raise ValueError(
+                f"sample_index: {len(self.sample_index)} numbers for {len(self.prompts)} prompts; give one for each"
+            )
+        longest = max(len(prompt) for prompt in self.prompts)
+        if longest >= self.length:
+            raise ValueError(
+                f"sampling.length ({self.length}): a prompt has {longest} tokens, which leaves nothing to sample; "
+                "use a greater length or a shorter prompt"
+            )
+        if any(self.mask_token_id in prompt for prompt in self.prompts):
+            raise ValueError(f"prompts: token {self.mask_token_id} is the mask; a prompt holds text only")
+
+    def start_tokens(self, padded_length: int) -> np.ndarray:
+        """int64 (B, padded_length): the prompts, then masks."""
+        tokens = np.full((len(self.prompts), padded_length), self.mask_token_id, dtype=np.int64)
+        for row, prompt in enumerate(self.prompts):
+            tokens[row, : len(prompt)] = prompt
+        return tokens
+
+    def prompt_length(self) -> np.ndarray:
+        """int64 (B,)."""
+        return np.array([len(prompt) for prompt in self.prompts], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Finished samples, in the order of the request.
+
+    Attributes:
+        tokens: each sample's ids, prompt included; they differ in length where samples stopped early.
+        finish: why each one ended: length | eos | low_entropy.
+        nfe: number of function evaluations as the literature counts them: updates that changed the sample.
+        forward_calls: calls of the network made while the sample was in the batch, commits included.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    finish: tuple[str, ...]
+    nfe: tuple[int, ...]
+    forward_calls: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One block to fill.
+
+    Attributes:
+        tokens_BS: int64, the block with prompt tokens pinned and masks elsewhere, on the network's device.
+        is_masked_BS: bool, where it is to be filled.
+        when_BS: float64 uniforms in [0, 1): when each position is revealed; time runs from 1 down to 0.
+        which_BS: float64 uniforms: which token it becomes.
+        keys: one key per row for samplers that need more randomness.
+        token_filter: how distributions are cut.
+    """
+
+    tokens_BS: Tensor
+    is_masked_BS: np.ndarray
+    when_BS: np.ndarray
+    which_BS: np.ndarray
+    keys: tuple[int, ...]
+    token_filter: TokenFilter
+
+
+@dataclass(frozen=True)
+class FilledBlock:
+    """A block without masks.
+
+    Attributes:
+        tokens_BS: int64.
+        updates_B: updates that changed each row.
+        forward_calls: calls of the network.
+    """
+
+    tokens_BS: Tensor
+    updates_B: np.ndarray
+    forward_calls: int
+
+
+def position_uniforms(
+    request: SampleRequest, rows: np.ndarray, start: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(when, which), float64 (len(rows), count): the two draws of each position start ... start + count - 1."""
+    draws = np.stack(
+        [
+            uniforms(sample_key(request, row), _WORDS_PER_POSITION * count, counter=start).reshape(count, -1)
+            for row in rows.tolist()
+        ]
+    )
+    return draws[:, :, 0], draws[:, :, 1]
+
+
+def sample_key(request: SampleRequest, row: int, *coordinates: int) -> int:
+    """Key of everything random in one sample."""
+    return derive_key(request.seed, "sample", request.sample_index[row], *coordinates)
