@@ -60,9 +60,9 @@ class BlockCache:
 def pair_visibility(length, block_size, device):
     """Bool (2L, 2L), True where [noisy ; clean] position q attends to j (paper, Section 3 and Appendix B.6)."""
     position = torch.arange(2 * length, device=device)
-    is_clean, block = position >= length, (position % length) // block_size
-    own_block = (is_clean[:, None] == is_clean) & (block[:, None] == block)
-    earlier_clean = is_clean & (block < block[:, None])
+    half, block = position // length, (position % length) // block_size
+    own_block = (half[:, None] == half) & (block[:, None] == block)
+    earlier_clean = (half == 1) & (block < block[:, None])
     return own_block | earlier_clean
 
 
