@@ -96,7 +96,7 @@ def _stage_table(config: RunConfig, world_size: int, vocab: int) -> list[str]:
 
 def _memory_table(config: RunConfig, world_size: int, vocab: int) -> list[str]:
     names = [item.name for item in fields(Memory)]
-    rows = [("stage", *names, "total")]
+    rows: list[tuple[str, ...]] = [("stage", *names, "total")]
     for stage in range(config.parallel.pipeline_parallel_size):
         sizes = memory(config, world_size, vocab, stage)
         figures = [*(getattr(sizes, name) for name in names), sizes.total]

@@ -1,0 +1,52 @@
+# Every target makes the environment it needs and is quick when that exists.
+#   PYTHON=python3.11          the interpreter .venv is made with
+#   PIP_ARGS="--index-url ..." where packages come from, for instance a site's own build of torch
+
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help train demo-data test test-all lint format clean
+
+help:  ## show the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' $(MAKEFILE_LIST)
+
+train: .venv/.run  ## text -> shards -> trained model -> perplexity -> samples -> Hugging Face folder, on this machine
+	$(BIN)/python tools/run_demo.py
+
+demo-data: .venv/.run  ## the demo's corpus, tokenizer and shards alone (data/demo)
+	$(BIN)/python tools/run_demo.py --data-only
+
+test: .venv/.dev  ## the tests, without those that take minutes
+	$(BIN)/python -m pytest -m "not slurm and not faults and not slow" $(PYTEST_ARGS)
+
+test-all: .venv/.dev  ## every test; those marked slurm need root and Debian's Slurm packages
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.dev  ## formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+format: .venv/.dev  ## repair formatting and what ruff can repair
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment; data/ and runs/ stay
+	rm -rf .venv
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "$(PYTHON) is older than Python 3.10; use make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv \
+	  || { rm -rf .venv; echo "no virtual environment; use: apt-get install python3-venv" >&2; exit 1; }
+
+.venv/.run: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ .venv/.run
