@@ -252,6 +252,8 @@ class RuntimeConfig:
     hang_min_seconds: float = 300.0
     """... but never before this many seconds."""
     heartbeat_seconds: float = 5.0
+    silent_seconds: float = 120.0
+    """A rank whose heartbeat stands still this long while others' go on is taken for dead by the launcher."""
     straggler_factor: float = 1.5
 
 

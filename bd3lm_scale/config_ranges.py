@@ -89,6 +89,7 @@ INTERVALS = {
     "runtime.hang_factor": "(1, inf)",
     "runtime.hang_min_seconds": "(0, inf)",
     "runtime.heartbeat_seconds": "(0, inf)",
+    "runtime.silent_seconds": "(0, inf)",
     "runtime.straggler_factor": "(1, inf)",
     "logging.every_steps": "[1, inf)",
 }

@@ -32,7 +32,7 @@ RANKS_PER_SECOND = 200  # heartbeats the shared file system gets per second, wha
 
 @dataclass(frozen=True)
 class Beat:
-    """One rank's heartbeat file."""
+    """One rank's heartbeat file; `limit` is how many seconds it may stay without progress."""
 
     rank: int
     node: str
@@ -40,6 +40,7 @@ class Beat:
     alive: int
     step: int
     phase: str
+    limit: float
 
 
 class Watchdog:
@@ -123,7 +124,15 @@ class Watchdog:
         self._alive += 1
         with self._lock:
             beat = {"progress": self._progress, "step": self._step, "phase": self._phase}
-        text = json.dumps({**beat, "alive": self._alive, "attempt": current_attempt(), "node": node_name()})
+        text = json.dumps(
+            {
+                **beat,
+                "alive": self._alive,
+                "limit": self.limit_seconds,
+                "attempt": current_attempt(),
+                "node": node_name(),
+            }
+        )
         path = self.heartbeats / f"rank_{self.rank:05d}.json"
         try:
             path.write_text(text + "\n")
@@ -161,7 +170,7 @@ def read_beats(runtime: Path, attempt: str | None = None) -> dict[int, Beat]:
         found = read_json(path)
         if found.get("attempt") == attempt:
             rank = int(path.stem.removeprefix("rank_"))
-            names = ("node", "progress", "alive", "step", "phase")
+            names = ("node", "progress", "alive", "step", "phase", "limit")
             beats[rank] = Beat(rank, *(found[name] for name in names))
     return beats
 

@@ -112,7 +112,7 @@ def test_other_attempts_heartbeats_do_not_count(tmp_path, monkeypatch):
 
 def test_diagnosis():
     def beat(rank, progress, alive):
-        return Beat(rank, f"node{rank // 2}", progress, alive, progress, "step")
+        return Beat(rank, f"node{rank // 2}", progress, alive, progress, "step", 60.0)
 
     before = {rank: beat(rank, 7, 1) for rank in range(4)}
     silent, text = diagnose(before, {r: beat(r, 7, 1 if r == 2 else 2) for r in range(4)})
