@@ -40,7 +40,7 @@ class AnomalyPolicy:
 
     def observe(self, step: int, loss: float, grad_norm: float) -> str:
         """Judge a step before its update is applied."""
-        self.reason = self._what_is_wrong(loss, grad_norm)
+        self.reason = self.suspicion(loss, grad_norm)
         if not self.reason:
             self._losses.append(loss)
             self._skips_in_a_row = 0
@@ -71,7 +71,8 @@ class AnomalyPolicy:
         for name, count in state.get("counts", {}).items():
             self.counts[name] = max(self.counts.get(name, 0), int(count))
 
-    def _what_is_wrong(self, loss: float, grad_norm: float) -> str:
+    def suspicion(self, loss: float, grad_norm: float = 0.0) -> str:
+        """What is wrong with these figures, in words; empty when nothing is. Changes no memory."""
         if not math.isfinite(loss):
             return f"loss is {loss}"
         if not math.isfinite(grad_norm):

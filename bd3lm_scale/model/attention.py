@@ -1,0 +1,269 @@
+"""Attention under a visibility description, without ever needing the P x P mask.
+
+Three implementations of one rule (values.Visibility.may_see), equal up to rounding:
+    dense    SDPA with the whole boolean mask: the oracle
+    chunked  SDPA per run of whole blocks, each seeing only the key range it may see: for CPU
+    flex     FlexAttention with a cached block mask, padded to tiles of 128: for CUDA
+
+Shapes: B rows, H heads, K head width, P positions, Q queries of a chunk, T new tokens in cached decoding.
+Megatron hands over tensors as (P, B, H, K).
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bd3lm_scale.values import CLEAN_VIEW, Visibility
+
+_CHUNK = 128
+_FLEX_TILE = 128
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Queries [start, stop) and the key ranges they may see; `bias` is additive, None when all may be seen."""
+
+    start: int
+    stop: int
+    keys: tuple[tuple[int, int], ...]
+    bias: Tensor | None
+
+
+class AttentionPattern:
+    """A visibility prepared for one of the implementations; shared by all layers.
+
+    Args:
+        visibility: positions as (view, segment, block).
+        backend: auto | dense | chunked | flex.
+    """
+
+    def __init__(self, visibility: Visibility, backend: str = "auto") -> None:
+        self.visibility = visibility
+        self.backend = backend
+        self.num_positions = visibility.view_P.numel()
+        self._on_device: dict[Any, Any] = {}
+
+    @cached_property
+    def is_full(self) -> bool:
+        """Every position sees every other (MDLM, SEDD)."""
+        v = self.visibility
+        return all(bool((t == t[0]).all()) for t in (v.view_P, v.segment_P, v.block_P))
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Ordinary causal attention (AR)."""
+        v = self.visibility
+        same = bool((v.segment_P == v.segment_P[0]).all()) and bool((v.view_P == CLEAN_VIEW).all())
+        return same and bool((v.block_P == torch.arange(self.num_positions)).all())
+
+    def attend(self, query_PBHK: Tensor, key_PBHK: Tensor, value_PBHK: Tensor, num_queries: int) -> Tensor:
+        """Attention output (num_queries, B, H * K) of the first `num_queries` positions."""
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query_PBHK[:num_queries], key_PBHK, value_PBHK))
+        backend = self.backend
+        if backend == "auto":
+            backend = "flex" if query.is_cuda else "chunked"
+        if self.is_full or (self.is_causal and num_queries == self.num_positions):
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=not self.is_full)
+        elif backend == "dense":
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.dense(query.device)[:num_queries])
+        elif backend == "flex":
+            out = self._flex(query, key, value, num_queries)
+        else:
+            out = self._chunked(query, key, value, num_queries)
+        return out.permute(2, 0, 1, 3).reshape(num_queries, query.shape[0], -1)
+
+    def dense(self, device: torch.device) -> Tensor:
+        """The whole boolean (P, P) mask, True where attention is allowed."""
+        key = ("dense", device)
+        if key not in self._on_device:
+            index = torch.arange(self.num_positions)
+            self._on_device[key] = self.visibility.may_see(index[:, None], index[None, :]).to(device)
+        return self._on_device[key]
+
+    def _chunked(self, query: Tensor, key: Tensor, value: Tensor, num_queries: int) -> Tensor:
+        pieces = []
+        for chunk in self._chunks(query.device, query.dtype):
+            if chunk.start >= num_queries:
+                break
+            ranges = [slice(start, stop) for start, stop in chunk.keys]
+            if len(ranges) == 1:
+                keys, values = key[:, :, ranges[0]], value[:, :, ranges[0]]
+            else:
+                keys = torch.cat([key[:, :, r] for r in ranges], dim=2)
+                values = torch.cat([value[:, :, r] for r in ranges], dim=2)
+            queries = query[:, :, chunk.start : chunk.stop]
+            pieces.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=chunk.bias))
+        return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+
+    def _chunks(self, device: torch.device, dtype: torch.dtype) -> list[_Chunk]:
+        """Runs of whole blocks of about 128 queries, each with the key ranges it may see."""
+        cache_key = ("chunks", device, dtype)
+        if cache_key in self._on_device:
+            return self._on_device[cache_key]
+        size = self.visibility.block_size
+        length = max(size, _CHUNK // size * size)
+        chunks = []
+        for start, stop in self._runs(length):
+            index = torch.arange(start, stop)
+            allowed = self.visibility.may_see(index[:, None], torch.arange(self.num_positions)[None, :])
+            ranges = _true_ranges(allowed.any(0))
+            allowed = torch.cat([allowed[:, a:b] for a, b in ranges], dim=1)
+            bias = None
+            if not bool(allowed.all()):
+                bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf")).to(device)
+            chunks.append(_Chunk(start, stop, ranges, bias))
+        self._on_device[cache_key] = chunks
+        return chunks
+
+    def _runs(self, length: int) -> list[tuple[int, int]]:
+        """Query ranges of at most `length` that never cross from one view into the next."""
+        view = self.visibility.view_P
+        borders = [0, *(torch.nonzero(view[1:] != view[:-1]).flatten() + 1).tolist(), self.num_positions]
+        return [
+            (start, min(start + length, stop))
+            for begin, stop in itertools.pairwise(borders)
+            for start in range(begin, stop, length)
+        ]
+
+    def _flex(self, query: Tensor, key: Tensor, value: Tensor, num_queries: int) -> Tensor:
+        padded_queries, padded_keys = (-(-n // _FLEX_TILE) * _FLEX_TILE for n in (num_queries, self.num_positions))
+        block_mask = self._block_mask(query.device, padded_queries, padded_keys)
+        query = F.pad(query, (0, 0, 0, padded_queries - num_queries))
+        key, value = (F.pad(t, (0, 0, 0, padded_keys - self.num_positions)) for t in (key, value))
+        return _compiled_flex()(query, key, value, block_mask=block_mask)[:, :, :num_queries]
+
+    def _block_mask(self, device: torch.device, padded_queries: int, padded_keys: int) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        cache_key = ("flex", device, padded_queries)
+        if cache_key not in self._on_device:
+            v, extra = self.visibility, padded_keys - self.num_positions
+            # Padding is a segment of its own: it sees itself, so no query row is empty (an empty one gives NaN).
+            padded = Visibility(
+                F.pad(v.view_P, (0, extra), value=CLEAN_VIEW).to(device),
+                F.pad(v.segment_P, (0, extra), value=-1).to(device),
+                F.pad(v.block_P, (0, extra), value=0).to(device),
+                v.block_size,
+            )
+            # A query tile may stop short of the keys; padded query rows then stand for real positions, harmlessly.
+            self._on_device[cache_key] = create_block_mask(
+                lambda b, h, q, k: padded.may_see(q, k), None, None, padded_queries, padded_keys, device=str(device)
+            )
+        return self._on_device[cache_key]
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _true_ranges(flags: Tensor) -> tuple[tuple[int, int], ...]:
+    """Maximal runs of True in a 1-D boolean tensor, as (start, stop)."""
+    padded = F.pad(flags.to(torch.int8), (1, 1))
+    change = padded[1:] - padded[:-1]
+    starts, stops = (torch.nonzero(change == sign).flatten().tolist() for sign in (1, -1))
+    return tuple(zip(starts, stops, strict=True))
+
+
+@dataclass
+class LayerCache:
+    """Rotated keys and values of one layer's clean tokens, with the block each belongs to.
+
+    Attributes:
+        key_BHTK, value_BHTK: preallocated; the first `length` tokens are filled.
+        block_T: absolute block number of each cached token.
+        window_blocks: how many blocks, its own included, a query sees back; None: all.
+        commits: whether the next call's tokens stay in the cache.
+    """
+
+    key_BHTK: Tensor
+    value_BHTK: Tensor
+    block_T: Tensor
+    length: int = 0
+    window_blocks: int | None = None
+    commits: bool = False
+    query_block_T: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def extend(self, key_BHTK: Tensor, value_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Context plus the new tokens, and the mask (None: all seen).
+
+        Earlier blocks and the own block are seen (the rule for one view), as far back as the window reaches.
+        """
+        new, end = key_BHTK.shape[2], self.length + key_BHTK.shape[2]
+        self._reserve(end)
+        self.key_BHTK[:, :, self.length : end] = key_BHTK
+        self.value_BHTK[:, :, self.length : end] = value_BHTK
+        self.block_T[self.length : end] = self.query_block_T
+        key, value, block = self.key_BHTK[:, :, :end], self.value_BHTK[:, :, :end], self.block_T[:end]
+        distance = self.query_block_T[:, None] - block[None, :]
+        allowed = distance >= 0
+        if self.window_blocks is not None:
+            allowed &= distance < self.window_blocks
+        if self.commits:
+            self.length = end
+            self._evict()
+        if new == 0 or bool(allowed.all()):
+            return key, value, None
+        return key, value, allowed
+
+    def _reserve(self, needed: int) -> None:
+        have = self.key_BHTK.shape[2]
+        if needed <= have:
+            return
+        extra = max(needed - have, have)
+        self.key_BHTK = F.pad(self.key_BHTK, (0, 0, 0, extra))
+        self.value_BHTK = F.pad(self.value_BHTK, (0, 0, 0, extra))
+        self.block_T = F.pad(self.block_T, (0, extra))
+
+    def _evict(self) -> None:
+        """Drop blocks that no later query will see, once they fill half of the buffer."""
+        if self.window_blocks is None or self.length == 0:
+            return
+        oldest = int(self.block_T[self.length - 1]) + 2 - self.window_blocks
+        gone = int((self.block_T[: self.length] < oldest).sum())
+        if gone == 0 or self.length < self.key_BHTK.shape[2] // 2:
+            return
+        kept = self.length - gone
+        for buffer in (self.key_BHTK, self.value_BHTK):
+            buffer[:, :, :kept] = buffer[:, :, gone : self.length].clone()
+        self.block_T[:kept] = self.block_T[gone : self.length].clone()
+        self.length = kept
+
+
+class BlockAttention(nn.Module):
+    """Megatron's core attention slot: training under a pattern, or decoding with a cache.
+
+    The pattern is set once by the denoiser; `num_queries` below P limits the output to the first rows (the last
+    layer's clean rows serve as keys and values only).
+    """
+
+    def __init__(self, config: Any, layer_number: int, **_: Any) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        self.pattern: AttentionPattern | None = None
+        self.num_queries: int | None = None
+        self.cache: LayerCache | None = None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """(P, B, H, K) each -> (queries, B, H * K)."""
+        if self.cache is not None:
+            return self._decode(self.cache, query, key, value)
+        assert self.pattern is not None, "the denoiser sets the visibility before the first forward"
+        return self.pattern.attend(query, key, value, self.num_queries or query.shape[0])
+
+    @staticmethod
+    def _decode(cache: LayerCache, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query_BHTK, key_BHTK, value_BHTK = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        keys, values, mask = cache.extend(key_BHTK.to(cache.key_BHTK.dtype), value_BHTK.to(cache.value_BHTK.dtype))
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+        out = F.scaled_dot_product_attention(query_BHTK, keys, values, attn_mask=mask)
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

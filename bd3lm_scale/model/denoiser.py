@@ -1,0 +1,216 @@
+"""The BD3-LM transformer as Megatron sees it: one pipeline chunk, with an embedding or a head where it has one.
+
+Under pipeline parallelism the time conditioning (computed where the embedding is) rides along as one extra
+sequence row, so no parameter is replicated over stages.
+
+Shapes: B rows, P positions, L tokens, D width, C conditioning width, R scored rows.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor, nn
+
+from bd3lm_scale.model.attention import AttentionPattern
+from bd3lm_scale.model.embedding import TimeEmbedding, rotary_angles
+from bd3lm_scale.model.head import Head
+from bd3lm_scale.model.initialise import initialise
+from bd3lm_scale.model.layer import dit_layer_spec
+from bd3lm_scale.model.transformer_config import DenoiserConfig
+from bd3lm_scale.parallel import pipeline
+from bd3lm_scale.parallel.mesh import Mesh
+from bd3lm_scale.values import Visibility
+
+
+class Denoiser(MegatronModule):
+    """One model chunk.
+
+    Args:
+        config: Megatron's and ours.
+        has_embedding, has_head: whether this chunk starts or ends the model.
+        pipeline_rank: this rank's stage.
+        virtual_stage: number of this chunk under the interleaved schedule, else None.
+    """
+
+    config: DenoiserConfig
+
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        has_embedding: bool = True,
+        has_head: bool = True,
+        pipeline_rank: int = 0,
+        virtual_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = has_embedding, has_head, virtual_stage
+        self.share_embeddings_and_output_weights = config.tie_embeddings
+        self.layer_offset = get_transformer_layer_offset(config, virtual_stage, pipeline_rank)
+        self.carries_conditioning = config.uses_adaln and config.pipeline_model_parallel_size > 1
+        group = pipeline.tensor_group()
+        if has_embedding:
+            self.embedding = tensor_parallel.VocabParallelEmbedding(
+                config.padded_vocab_size,
+                config.hidden_size,
+                init_method=lambda weight: weight,
+                reduce_scatter_embeddings=config.sequence_parallel,
+                config=config,
+                tp_group=group,
+            )
+            if config.uses_adaln:
+                self.time_embedding = TimeEmbedding(config.cond_dim, config.params_dtype)
+        num_layers = get_num_layers_to_build(config, virtual_stage, pipeline_rank)
+        self.decoder = TransformerBlock(
+            config,
+            TransformerBlockSubmodules(layer_specs=[dit_layer_spec()] * num_layers, layer_norm=None),
+            pre_process=has_embedding,
+            post_process=has_head,
+            post_layer_norm=False,
+            vp_stage=virtual_stage,
+        )
+        if has_head:
+            self.head = Head(config, group)
+
+    def set_visibility(self, visibility: Visibility) -> None:
+        """Say who sees whom; one prepared pattern serves all layers."""
+        pattern = AttentionPattern(visibility, self.config.attention_backend)
+        for layer in self.decoder.layers:
+            layer.self_attention.core_attention.pattern = pattern
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Called by the schedule with what the previous stage sent."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self,
+        input_BP: Tensor,
+        sigma_B: Tensor,
+        dropout_key: Tensor | None,
+        index_R: Tensor,
+        target_R: Tensor,
+    ) -> Tensor:
+        """What the next stage needs, or (2, R) target logits and log-sum-exps on the last chunk.
+
+        Args:
+            input_BP: token ids (used by the first chunk only, its shape by all).
+            sigma_B: noise levels.
+            dropout_key: int64 scalar on the CPU; None when evaluating.
+            index_R: flat index b * L + l of the scored rows (used by the last chunk only).
+            target_R: their target ids.
+        """
+        batch, length = input_BP.shape[0], self.config.context_length
+        hidden, conditioning = self._enter(input_BP, sigma_B)
+        position = torch.arange(length, device=input_BP.device)
+        if self.config.sequence_length == 2 * length:
+            position = torch.cat([position, position])  # both halves stand at the same places
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            context=conditioning,
+            context_mask=dropout_key,
+            rotary_pos_emb=rotary_angles(position, self.config.kv_channels),
+        )
+        if not self.post_process:
+            return self._leave(hidden, conditioning)
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        row, place = index_R // length, index_R % length
+        rows_RD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, place * batch + row)
+        rows_RC = None if conditioning is None else conditioning.index_select(0, row)
+        return self.head(rows_RD, rows_RC, target_R, self.tied_weight())
+
+    def tied_weight(self) -> Tensor | None:
+        """The embedding, where the head shares it on this very rank."""
+        return self.embedding.weight if self.config.tie_embeddings and self.pre_process else None
+
+    def embed(self, input_BP: Tensor) -> Tensor:
+        """(P, B, D) fp32 residual stream, a shard of P under sequence parallelism."""
+        hidden = self.embedding(input_BP)
+        if not self.config.sequence_parallel:
+            hidden = hidden.transpose(0, 1).contiguous()
+        return hidden.float()
+
+    def condition(self, sigma_B: Tensor) -> Tensor | None:
+        """(B, C) conditioning; a learned constant unless time conditioning is on; None without adaLN."""
+        if not self.config.uses_adaln:
+            return None
+        return self.time_embedding(sigma_B if self.config.time_conditioning else torch.zeros_like(sigma_B))
+
+    def _enter(self, input_BP: Tensor, sigma_B: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.pre_process:
+            return self.embed(input_BP), self.condition(sigma_B)
+        received = self.decoder.input_tensor
+        if not self.carries_conditioning:
+            return None, None
+        self.decoder.set_input_tensor(received[:-1].contiguous())
+        return None, received[-1, :, : self.config.cond_dim].to(self.config.params_dtype)
+
+    def _leave(self, hidden: Tensor, conditioning: Tensor | None) -> Tensor:
+        if conditioning is None:
+            return hidden
+        row = F.pad(conditioning.to(hidden.dtype), (0, self.config.hidden_size - self.config.cond_dim))
+        return torch.cat([hidden, row[None]], dim=0)
+
+
+class ChunkList(nn.Module):
+    """This rank's chunks behind one module, for the DeepSpeed engine to wrap."""
+
+    def __init__(self, chunks: list[Denoiser]) -> None:
+        super().__init__()
+        self.chunks = nn.ModuleList(chunks)
+
+    def forward(self, number: int, *args: Tensor | None) -> Tensor:
+        """Run chunk `number`."""
+        return self.chunks[number](*args)
+
+
+def build_chunks(config: DenoiserConfig, mesh: Mesh, visibility: Visibility, seed: int) -> list[Denoiser]:
+    """This rank's part of the model, initialised from (seed, global parameter name): equal under every layout."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for virtual_stage in range(virtual) if virtual else [None]:
+        has_embedding, has_head = pipeline.stage_ends(virtual_stage)
+        chunk = Denoiser(config, has_embedding, has_head, mesh.pipeline_rank, virtual_stage)
+        initialise(named_parameters([chunk]), config, mesh.tensor_rank, mesh.tensor_size, seed)
+        chunk.set_visibility(visibility)
+        chunks.append(chunk.to(mesh.device))
+    return chunks
+
+
+def named_parameters(chunks: list[Denoiser]) -> Iterator[tuple[str, nn.Parameter]]:
+    """(global name, parameter) of this rank, each parameter once; layer numbers count over all stages.
+
+    A tied head on a stage of its own has the embedding's name.
+    """
+    seen = set()
+    for chunk in chunks:
+        for local_name, parameter in chunk.named_parameters():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            parts = local_name.split(".")
+            if parts[0] == "decoder":
+                parts[2] = str(int(parts[2]) + chunk.layer_offset)
+            name = ".".join(parts)
+            yield (
+                ("embedding.weight" if chunk.config.tie_embeddings and name == "head.output.weight" else name),
+                parameter,
+            )
+
+
+def pipeline_sequence_length(config: DenoiserConfig) -> int:
+    """Rows that travel between stages, the conditioning row included (one per tensor peer under SP)."""
+    if not (config.uses_adaln and config.pipeline_model_parallel_size > 1):
+        return config.sequence_length
+    return config.sequence_length + (config.tensor_model_parallel_size if config.sequence_parallel else 1)

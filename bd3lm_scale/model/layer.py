@@ -1,0 +1,150 @@
+"""One DiT block on Megatron-core's column- and row-parallel layers (paper's model; SPEC of the published weights).
+
+    x += gate_a * dropout(Attention(LN(x) * (1 + scale_a) + shift_a))
+    x += gate_m * dropout(MLP(LN(x) * (1 + scale_m) + shift_m))
+
+Attention has no biases, the MLP has; LayerNorm has a weight only. Without adaLN (AR): scale 0, shift 0, gate 1.
+Shapes: P positions (a shard of them under sequence parallelism), B rows, D width, C conditioning width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from bd3lm_scale.draws import derive_key
+from bd3lm_scale.model.attention import BlockAttention
+from bd3lm_scale.model.transformer_config import DenoiserConfig
+
+
+class ColumnParallelNoBias(tensor_parallel.ColumnParallelLinear):
+    """Megatron decides biases for attention and MLP together; the DiT has them in the MLP only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": False})
+
+
+class RowParallelNoBias(tensor_parallel.RowParallelLinear):
+    """See ColumnParallelNoBias."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": False})
+
+
+class WeightOnlyLayerNorm(nn.Module):
+    """LayerNorm in fp32 with a weight and no bias. Returns fp32."""
+
+    def __init__(self, config: DenoiserConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        # Under sequence parallelism each rank sees part of the rows: the gradient is summed over the peers.
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over the last dimension."""
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), None, self.eps)
+
+
+def modulate(normed_PBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """Adaptive layer norm: normed * (1 + scale) + shift."""
+    return torch.addcmul(shift_BD, normed_PBD, 1 + scale_BD)
+
+
+def keyed_dropout(x: Tensor, rate: float, key: Tensor | None, *site: int) -> Tensor:
+    """Dropout whose mask is a pure function of (key, site), so recomputation and resumption repeat it.
+
+    Args:
+        x: any shape.
+        rate: probability of zeroing.
+        key: int64 scalar on the CPU, a function of (seed, step, first position of the micro-batch); None: no dropout.
+        site: layer, place in the layer, and the shard index where ranks hold different rows.
+    """
+    if rate == 0.0 or key is None:
+        return x
+    generator = torch.Generator(device=x.device)
+    generator.manual_seed(derive_key(int(key), "dropout", *site) & (2**63 - 1))
+    keep = torch.rand(x.shape, generator=generator, device=x.device) >= rate
+    return x * keep / (1 - rate)
+
+
+class DiTLayer(TransformerLayer):
+    """The block above. The conditioning travels in Megatron's `context`, the dropout key in `context_mask`.
+
+    Both go through activation recomputation as arguments, so a recomputed layer sees its own micro-batch's values.
+    """
+
+    config: DenoiserConfig
+
+    def __init__(self, config: DenoiserConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.uses_adaln:
+            self.modulation = nn.Linear(config.cond_dim, 6 * config.hidden_size, dtype=config.params_dtype)
+        is_last = self.layer_number == config.num_layers
+        self.num_outputs = config.context_length if is_last and config.scores_noisy_half_only else None
+        self.self_attention.core_attention.num_queries = self.num_outputs
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (P, B, D), context (B, C) or None, context_mask the dropout key."""
+        dtype = self.config.params_dtype
+        x = hidden_states
+        if context is None:
+            shift_a = scale_a = shift_m = scale_m = torch.zeros((), device=x.device)
+            gate_a = gate_m = torch.ones((), device=x.device)
+        else:
+            modulation = self.modulation(context)
+            if self.config.sequence_parallel:
+                modulation = tensor_parallel.copy_to_tensor_model_parallel_region(modulation)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.float().chunk(6, dim=-1)
+        attention_input = modulate(self.input_layernorm(x), shift_a, scale_a).to(dtype)
+        attended, _bias = self.self_attention(attention_input, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
+        if self.num_outputs is not None and self.self_attention.core_attention.cache is None:
+            x = x[: self.num_outputs]
+        x = torch.addcmul(x, gate_a, self._drop(attended.float(), context_mask, 0))
+        out, bias = self.mlp(modulate(self.pre_mlp_layernorm(x), shift_m, scale_m).to(dtype))
+        return torch.addcmul(x, gate_m, self._drop(out.float() + bias.float(), context_mask, 1)), context
+
+    def _drop(self, x: Tensor, key: Tensor | None, site: int) -> Tensor:
+        if not self.training:
+            return x
+        shard = self.tp_group.rank() if self.config.sequence_parallel else 0
+        return keyed_dropout(x, self.hidden_dropout, key, self.layer_number, site, shard)
+
+
+def dit_layer_spec() -> ModuleSpec:
+    """Megatron's description of the block: which class fills which slot."""
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelNoBias,
+        core_attention=BlockAttention,
+        linear_proj=RowParallelNoBias,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    mlp = MLPSubmodules(linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear)
+    return ModuleSpec(
+        module=DiTLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=WeightOnlyLayerNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary}, submodules=attention
+            ),
+            pre_mlp_layernorm=WeightOnlyLayerNorm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
+        ),
+    )

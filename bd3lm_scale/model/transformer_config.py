@@ -1,0 +1,102 @@
+"""From our configuration to Megatron's: the one place that decides which of its options are on.
+
+Fast paths that need Apex, Transformer Engine or `main_grad` stay off: the DeepSpeed engine owns the gradients.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bd3lm_scale.config import RunConfig
+
+VOCAB_MULTIPLE = 128
+
+
+@dataclass
+class DenoiserConfig(TransformerConfig):
+    """Megatron's TransformerConfig with what our DiT layers need besides."""
+
+    cond_dim: int = 128
+    uses_adaln: bool = True
+    time_conditioning: bool = False
+    tie_embeddings: bool = False
+    context_length: int = 1024
+    sequence_length: int = 2048
+    vocab_size: int = 0
+    mask_token_id: int = 0
+    attention_backend: str = "auto"
+    scores_noisy_half_only: bool = False
+    """The last layer's clean rows serve as keys and values only; skip the rest of their work (exact)."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V rounded up to a multiple of 128, whatever the layout, so checkpoints fit every layout."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def make_transformer_config(
+    config: RunConfig, vocab_size: int, mask_token_id: int, device: torch.device
+) -> DenoiserConfig:
+    """Megatron's view of a run.
+
+    Args:
+        config: the checked run configuration.
+        vocab_size: real ids including the mask, before padding.
+        mask_token_id: the id excluded from predictions.
+        device: decides the options that only exist on CUDA.
+    """
+    model, parallel = config.model, config.parallel
+    on_gpu = device.type == "cuda"
+    is_bf16 = config.precision == "bf16"
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[parallel.recompute]
+    return DenoiserConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.mlp_ratio * model.hidden_size,
+        num_attention_heads=model.num_heads,
+        activation_func=partial(F.gelu, approximate="tanh"),
+        hidden_dropout=model.dropout,
+        attention_dropout=0.0,
+        layernorm_epsilon=1e-5,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=is_bf16,
+        params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
+        pipeline_dtype=torch.float32,
+        fp32_residual_connection=is_bf16,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        attention_softmax_in_fp32=True,
+        deterministic_mode=config.train.deterministic,
+        batch_p2p_comm=False,
+        overlap_p2p_comm=parallel.virtual_pipeline_parallel_size is not None,
+        # With gloo, freeing a stage's output early gave silent NaN under interleaving.
+        deallocate_pipeline_outputs=on_gpu,
+        variable_seq_lengths=False,
+        cond_dim=model.cond_dim,
+        uses_adaln=config.uses_adaln,
+        time_conditioning=config.time_conditioning,
+        tie_embeddings=model.tie_embeddings,
+        context_length=config.data.context_length,
+        sequence_length=config.sequence_length,
+        vocab_size=vocab_size,
+        mask_token_id=mask_token_id,
+        attention_backend=model.attention,
+        scores_noisy_half_only=config.diffusion.objective == "bd3lm" and not parallel.sequence_parallel,
+        **recompute,
+    )

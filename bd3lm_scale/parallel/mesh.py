@@ -1,0 +1,183 @@
+"""Who am I: rank layout, process groups and device, from torchrun's or srun's environment, or alone.
+
+Ranks are numbered tensor fastest, then data, then pipeline: rank = (pipeline * DP + data) * TP + tensor.
+"""
+
+import datetime
+import os
+import socket
+import subprocess
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from bd3lm_scale.config import ParallelConfig
+
+warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|transformer_engine).*")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place in the layout."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    data_rank: int
+    data_size: int
+    pipeline_rank: int
+    pipeline_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the head and computes the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """The one rank that writes metrics and talks to the user."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says about this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def read_launch() -> Launch:
+    """Rank and world from torchrun (RANK ...) or srun (SLURM_PROCID ...); alone when neither started us.
+
+    Also sets the variables torch.distributed and DeepSpeed read.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launch = Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        launch = Launch(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
+        if "MASTER_ADDR" not in env:
+            hosts = subprocess.run(
+                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            env["MASTER_ADDR"] = hosts.stdout.split()[0]
+        # Any port derived from the job id is the same on all nodes and rarely taken twice.
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    else:
+        launch = Launch(0, 1, 0)
+    env.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", str(_free_port()) if launch.world_size == 1 else "29500")
+    return launch
+
+
+def choose_device(requested: str, local_rank: int) -> torch.device:
+    """The device of this process for runtime.device auto | cpu | cuda."""
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "runtime.device (cuda): this machine has no usable CUDA device; use runtime.device=auto or cpu"
+        )
+    if requested == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
+            "start fewer processes per node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def init_mesh(parallel: ParallelConfig, device: str = "auto", timeout_seconds: float = 1800.0) -> Mesh:
+    """Start torch.distributed and Megatron's groups for this layout.
+
+    Args:
+        parallel: sizes; the world must be a multiple of TP * PP (checked by the configuration before).
+        device: auto | cpu | cuda.
+        timeout_seconds: after which a collective that does not complete raises on every rank.
+    """
+    launch = read_launch()
+    chosen = choose_device(device, launch.local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        from bd3lm_scale.parallel import cpu_shim
+
+        cpu_shim.install()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        store = dist.HashStore() if launch.world_size == 1 else None
+        dist.init_process_group(
+            backend,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            store=store,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    return _init_groups(parallel, launch, chosen, timeout_seconds)
+
+
+def _init_groups(parallel: ParallelConfig, launch: Launch, device: torch.device, timeout_seconds: float) -> Mesh:
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(
+            parallel.tensor_parallel_size,
+            parallel.pipeline_parallel_size,
+            parallel.virtual_pipeline_parallel_size,
+            distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        )
+        if device.type == "cuda":
+            tensor_parallel.model_parallel_cuda_manual_seed(1)
+        else:
+            tensor_parallel.get_cuda_rng_tracker().add("model-parallel-rng", 1)
+    return Mesh(
+        rank=launch.rank,
+        world_size=launch.world_size,
+        local_rank=launch.local_rank,
+        device=device,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+
+
+def shutdown() -> None:
+    """Leave the groups in order; harmless when they never started."""
+    from megatron.core import parallel_state
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def new_host_group() -> dist.ProcessGroup | None:
+    """A gloo group over all ranks for small host-side agreements; None when alone."""
+    return dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
