@@ -1,0 +1,246 @@
+"""Shards: ordinary webdataset tars of packed token chunks, and the manifest that makes them seekable.
+
+    train/manifest.json        counts, dtype, tokenizer identity, SHA-256 and member index of every shard
+    train/train-000000.tar     00000000.tokens.npy, 00000000.documents.npy, 00000001.tokens.npy, ...
+
+A shard is one run of tokens cut into chunks of `chunk_tokens` (only its last chunk may be shorter), so token n
+lies in chunk n // chunk_tokens: rows of any length are cut at load time without reading anything else.
+`documents` holds the places in the chunk where a document begins. The bytes depend on the tokens alone.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = "bd3lm_scale.shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+_TAR_BLOCK = 512
+
+
+class BadShardError(RuntimeError):
+    """A shard that stays unreadable after all retries; `shard` is the name to exclude."""
+
+    def __init__(self, shard: str, reason: str):
+        super().__init__(
+            f"shard {shard}: {reason}; restore it from its source, or set data.on_bad_shard=skip to go on without it"
+        )
+        self.shard = shard
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """What the shards know about the tokenizer that made them."""
+
+    hash: str
+    vocab_size: int
+    mask_token_id: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: `token_members` and `document_members` list [offset of the data, size, crc32] per chunk."""
+
+    name: str
+    size: int
+    sha256: str
+    num_tokens: int
+    num_documents: int
+    token_members: tuple[tuple[int, int, int], ...]
+    document_members: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One split: its shards in order, and everything needed to read them."""
+
+    split: str
+    dtype: str
+    chunk_tokens: int
+    num_tokens: int
+    num_documents: int
+    num_text_bytes: int
+    tokenizer: TokenizerIdentity
+    shards: tuple[Shard, ...]
+    preparation: dict
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Smallest unsigned dtype that holds ids below `vocab_size`."""
+    return next(name for name in ("uint8", "uint16", "uint32") if vocab_size <= np.iinfo(name).max + 1)
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """The manifest as it is stored: stable key order, one shard per line."""
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "split": manifest.split,
+        "dtype": manifest.dtype,
+        "chunk_tokens": manifest.chunk_tokens,
+        "num_tokens": manifest.num_tokens,
+        "num_documents": manifest.num_documents,
+        "num_text_bytes": manifest.num_text_bytes,
+        "tokenizer": vars(manifest.tokenizer),
+        "preparation": manifest.preparation,
+    }
+    lines = ",\n".join(json.dumps(vars(shard), separators=(",", ":")) for shard in manifest.shards)
+    return json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n' + lines + "\n]\n}\n"
+
+
+def manifest_from_json(text: str, where: str) -> Manifest:
+    """Parse and check a manifest; `where` names it in errors (ValueError)."""
+    try:
+        raw = json.loads(text)
+        if raw["format"] != FORMAT or raw["version"] != VERSION:
+            raise ValueError(f"format {raw['format']} version {raw['version']}, expected {FORMAT} version {VERSION}")
+        identity = dict(raw["tokenizer"])
+        identity["files"] = tuple(identity["files"])
+        shards = tuple(shard_from_json(entry) for entry in raw["shards"])
+        manifest = Manifest(
+            split=raw["split"],
+            dtype=raw["dtype"],
+            chunk_tokens=raw["chunk_tokens"],
+            num_tokens=raw["num_tokens"],
+            num_documents=raw["num_documents"],
+            num_text_bytes=raw["num_text_bytes"],
+            tokenizer=TokenizerIdentity(**identity),
+            shards=shards,
+            preparation=raw["preparation"],
+        )
+    except (ValueError, KeyError, TypeError) as problem:
+        raise ValueError(f"{where}: not a usable manifest ({problem}); run tools/prepare_data.py again") from problem
+    if manifest.dtype != token_dtype(manifest.tokenizer.vocab_size):
+        raise ValueError(
+            f"{where}: dtype {manifest.dtype} does not fit a vocabulary of {manifest.tokenizer.vocab_size}; "
+            "run tools/prepare_data.py again"
+        )
+    return manifest
+
+
+def shard_from_json(entry: dict) -> Shard:
+    """One entry of a manifest (ValueError, KeyError, TypeError when it is malformed)."""
+    name = entry["name"]
+    if name != Path(name).name or name.startswith("."):
+        raise ValueError(f"shard name {name!r} is not a plain file name")
+    return Shard(
+        name=name,
+        size=entry["size"],
+        sha256=entry["sha256"],
+        num_tokens=entry["num_tokens"],
+        num_documents=entry["num_documents"],
+        token_members=tuple((offset, size, crc32) for offset, size, crc32 in entry["token_members"]),
+        document_members=tuple((offset, size, crc32) for offset, size, crc32 in entry["document_members"]),
+    )
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a small file so that it is either absent, the old one, or complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+class _HashingFile(io.RawIOBase):
+    """A write-only file that hashes what passes through."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb")
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def finish(self) -> None:
+        """Make the content durable."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close without any promise."""
+        self._file.close()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def write_shard(
+    folder: Path, name: str, tokens: np.ndarray, document_starts: np.ndarray, dtype: str, chunk_tokens: int
+) -> Shard:
+    """Write one shard atomically and return its manifest entry.
+
+    Args:
+        folder: where the tar goes; an older file of that name is replaced.
+        name: file name of the shard.
+        tokens: ids (n,), n >= 1.
+        document_starts: sorted places in `tokens` where a document begins.
+        dtype: what the ids are stored as; ValueError if one does not fit.
+        chunk_tokens: tokens per member.
+    """
+    if int(tokens.max()) > np.iinfo(dtype).max:
+        raise ValueError(f"token id {int(tokens.max())} does not fit {dtype}; the tokenizer's vocab_size is too small")
+    tokens = tokens.astype(np.dtype(dtype).newbyteorder("<"))
+    temporary = folder / f".{name}.tmp"
+    file = _HashingFile(temporary)
+    token_members, document_members = [], []
+    try:
+        # mypy-style stubs want IO[bytes]; tarfile only ever calls write() and tell() here
+        with tarfile.open(mode="w|", fileobj=file, format=tarfile.USTAR_FORMAT, bufsize=1 << 20) as tar:
+            for chunk, start in enumerate(range(0, len(tokens), chunk_tokens)):
+                stop = min(start + chunk_tokens, len(tokens))
+                low, high = np.searchsorted(document_starts, [start, stop])
+                starts = (document_starts[low:high] - start).astype("<u4")
+                token_members.append(_add_member(tar, f"{chunk:08d}.tokens.npy", _npy(tokens[start:stop])))
+                document_members.append(_add_member(tar, f"{chunk:08d}.documents.npy", _npy(starts)))
+        file.finish()
+    except BaseException:
+        file.abandon()
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.rename(folder / name)
+    return Shard(
+        name=name,
+        size=file.size,
+        sha256=file.digest.hexdigest(),
+        num_tokens=len(tokens),
+        num_documents=len(document_starts),
+        token_members=tuple(token_members),
+        document_members=tuple(document_members),
+    )
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int, int]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    info.mode = 0o644
+    tar.addfile(info, io.BytesIO(data))
+    padded = -(-len(data) // _TAR_BLOCK) * _TAR_BLOCK
+    return tar.offset - padded, len(data), zlib.crc32(data)
+
+
+def concatenate(arrays: Iterable[np.ndarray], dtype: str) -> np.ndarray:
+    """Concatenation that also works for no arrays."""
+    return np.concatenate([np.zeros(0, dtype), *arrays])

@@ -1,0 +1,68 @@
+"""The training text as rows that any rank can ask for by number.
+
+open_stream(config.data, seed) -> RowStream;   RowStream.read(sample_index) -> (n, L) token ids
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from bd3lm_scale.config import DataConfig
+from bd3lm_scale.data.source import RowSource, paths_of
+from bd3lm_scale.values import Cursor
+
+_START = Cursor()
+
+
+@dataclasses.dataclass(frozen=True)
+class RowStream:
+    """Rows of context_length tokens, each a pure function of (seed, manifest, excluded shards, sample index).
+
+    Attributes:
+        num_rows: rows per epoch (validation: rows there are).
+        vocab_size: ids, the mask included.
+        mask_token_id: id of the mask.
+        tokenizer_path: local folder with the tokenizer the shards were made with.
+        tokenizer_hash: its identity.
+    """
+
+    source: RowSource
+    num_rows: int
+    vocab_size: int
+    mask_token_id: int
+    tokenizer_path: str
+    tokenizer_hash: str
+
+    def read(self, sample_index: np.ndarray) -> np.ndarray:
+        """Rows (n, L) int64 for int64 global sample indices (n,). BadShardError when a shard is unreadable."""
+        return self.source.read(sample_index).astype(np.int64)
+
+    def without(self, excluded: tuple[str, ...]) -> "RowStream":
+        """The same stream going without these shards (and only these)."""
+        old = self.source
+        return dataclasses.replace(self, source=RowSource(old.config, old.seed, old.split, excluded))
+
+    def close(self) -> None:
+        """Close all files."""
+        self.source.close()
+
+
+def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cursor = _START) -> RowStream:
+    """Open one split of the data that `config` names.
+
+    Args:
+        config: the run's data section.
+        seed: the run's seed; the order of the training rows depends on it.
+        split: "train" (permuted per epoch, endless) or "validation" (natural order, num_rows rows).
+        cursor: only its excluded_shards matter here; a stream has no position.
+
+    Raises:
+        ValueError: nothing usable there, naming the folder and the remedy.
+    """
+    if split not in ("train", "validation"):
+        raise ValueError(f"split {split!r}: use train or validation")
+    source = RowSource(config, seed, split, tuple(cursor.excluded_shards))
+    identity = source.tokenizer
+    folder = str(Path(paths_of(config)[0]) / "tokenizer")
+    return RowStream(source, source.num_rows, identity.vocab_size, identity.mask_token_id, folder, identity.hash)

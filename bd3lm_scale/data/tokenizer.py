@@ -1,0 +1,243 @@
+"""Tokenizers behind one small face: SentencePiece, GPT-2 files, BERT vocab.txt, Hugging Face folders.
+
+Every tokenizer here has a mask id that no text can produce and that is not the padding id. A tokenizer without
+a mask token gets one more id at the end of its vocabulary (GPT-2: V = 50,258, mask = 50,257).
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+MASK_PIECE = "<mask>"
+_SPACE_SYMBOL = "\u2581"  # what SentencePiece writes for a space
+_GPT2_EOS = "<|endoftext|>"
+_FOLDER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: number of ids, the mask included.
+        mask_token_id, bos_token_id, eos_token_id, pad_token_id: special ids; mask differs from all others.
+        files: the files it was read from, which `save` copies.
+        special_text: how each special id is written when a caller wants to see it.
+    """
+
+    kind: str
+    vocab_size: int
+    mask_token_id: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    files: tuple[Path, ...]
+    special_text: dict[int, str]
+    _encode: Callable[[list[str]], list[list[int]]] = field(repr=False)
+    _decode: Callable[[list[int]], str] = field(repr=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without any special id."""
+        return self._encode([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts at once."""
+        return self._encode(list(texts))
+
+    def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
+        """Text of `ids`; special ids are dropped, or written out (as "<mask>") with `keep_special`.
+
+        Ids must be below vocab_size (ValueError).
+        """
+        parts, run = [], []
+        for token in map(int, ids):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+            if token not in self.special_text:
+                run.append(token)
+            elif keep_special:
+                parts += [self._decode(run) if run else "", self.special_text[token]]
+                run = []
+        return "".join(parts) + (self._decode(run) if run else "")
+
+    @cached_property
+    def hash(self) -> str:
+        """Hex digest of what determines the ids: kind, special ids and file contents."""
+        digest = hashlib.sha256()
+        special = (self.vocab_size, self.mask_token_id, self.bos_token_id, self.eos_token_id, self.pad_token_id)
+        digest.update(json.dumps([self.kind, *special]).encode())
+        for file in sorted(self.files, key=lambda path: _stored_name(self.kind, path)):
+            digest.update(_stored_name(self.kind, file).encode() + hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Names of the files that `save` writes."""
+        return tuple(sorted(_stored_name(self.kind, file) for file in self.files))
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files to `folder`, from which `load_tokenizer` gives an equal one."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in self.files:
+            destination = folder / _stored_name(self.kind, file)
+            if not (destination.exists() and destination.samefile(file)):
+                shutil.copyfile(file, destination)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer.
+
+    Args:
+        path: a SentencePiece .model file, a BERT vocab.txt, a tokenizer.json, or a folder with one of these or
+            with GPT-2's vocab.json and merges.txt.
+    """
+    path = Path(path)
+    # one process per core tokenises; threads inside would only fight over the cores
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if path.is_file():
+        if path.suffix == ".model":
+            return _sentencepiece(path)
+        if path.name.endswith("vocab.txt"):
+            return _bert(path)
+        if path.name == "tokenizer.json":
+            return _hugging_face(path.parent)
+    elif path.is_dir():
+        names = {file.name for file in path.iterdir()}
+        models = sorted(file for file in path.iterdir() if file.suffix == ".model")
+        if "tokenizer.json" in names:
+            return _hugging_face(path)
+        if {"vocab.json", "merges.txt"} <= names:
+            return _gpt2(path)
+        if "vocab.txt" in names:
+            return _bert(path / "vocab.txt")
+        if len(models) == 1:
+            return _sentencepiece(models[0])
+    raise ValueError(
+        f"tokenizer {path}: {'nothing there' if not path.exists() else 'not recognised'}; give a SentencePiece "
+        ".model, a BERT vocab.txt, or a folder with tokenizer.json, vocab.json + merges.txt, vocab.txt or one .model"
+    )
+
+
+def _stored_name(kind: str, file: Path) -> str:
+    if kind == "sentencepiece":
+        return "tokenizer.model"
+    return "vocab.txt" if kind == "bert" else file.name
+
+
+def _sentencepiece(path: Path) -> Tokenizer:
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path), num_threads=1)
+    except (RuntimeError, OSError) as problem:
+        raise ValueError(f"tokenizer {path}: not a SentencePiece model ({problem})") from problem
+    size = model.get_piece_size()
+    masks = [i for i in (model.piece_to_id(p) for p in (MASK_PIECE, "[MASK]")) if model.is_control(i)]
+    mask = masks[0] if masks else size
+    eos = model.eos_id() if model.eos_id() >= 0 else model.bos_id()
+    if eos < 0:
+        raise ValueError(f"tokenizer {path}: has no </s> to put between documents; train one with train_tokenizer.py")
+    bos = model.bos_id() if model.bos_id() >= 0 else eos
+    pad = model.pad_id() if model.pad_id() not in (-1, mask) else eos
+    text = {i: model.id_to_piece(i) for i in range(size) if model.is_control(i)} | {mask: MASK_PIECE}
+    space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        if not any(_SPACE_SYMBOL in text for text in texts):
+            return model.encode(texts)
+        # a literal U+2581 would come back as a space: spell it in bytes
+        encoded = []
+        for text in texts:
+            pieces = [model.encode(part) for part in text.split(_SPACE_SYMBOL)]
+            encoded.append(pieces[0] + [i for piece in pieces[1:] for i in (*space_bytes, *piece)])
+        return encoded
+
+    return Tokenizer("sentencepiece", max(size, mask + 1), mask, bos, eos, pad, (path,), text, encode, model.decode)
+
+
+def _fast(tokenizer) -> tuple[Callable, Callable]:
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode, lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _gpt2(folder: Path) -> Tokenizer:
+    import tokenizers
+
+    files = (folder / "merges.txt", folder / "vocab.json")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(files[1]), str(files[0])))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    size = tokenizer.get_vocab_size()
+    eos = tokenizer.token_to_id(_GPT2_EOS)
+    if eos is None:
+        raise ValueError(f"tokenizer {folder}: vocab.json has no {_GPT2_EOS}; is it GPT-2's?")
+    text = {eos: _GPT2_EOS, size: MASK_PIECE}
+    return Tokenizer("gpt2", size + 1, size, eos, eos, eos, files, text, *_fast(tokenizer))
+
+
+def _bert(path: Path) -> Tokenizer:
+    import tokenizers
+
+    pieces = path.read_text(encoding="utf-8").splitlines()
+    missing = [piece for piece in ("[UNK]", "[CLS]", "[SEP]", "[MASK]") if piece not in pieces]
+    if missing:
+        raise ValueError(f"tokenizer {path}: vocab.txt lacks {', '.join(missing)}; is it BERT's?")
+    # a cased vocabulary says so by holding capitals
+    lowercase = not any(re.fullmatch(r"[A-Z][a-z]+", piece) for piece in pieces)
+    tokenizer = tokenizers.BertWordPieceTokenizer(str(path), lowercase=lowercase)
+    ids = {piece: pieces.index(piece) for piece in ("[CLS]", "[SEP]", "[MASK]")}
+    pad = pieces.index("[PAD]") if "[PAD]" in pieces else ids["[SEP]"]
+    text = {ids[piece]: piece for piece in ids} | {pad: pieces[pad]}
+    special = (ids["[MASK]"], ids["[CLS]"], ids["[SEP]"], pad)
+    return Tokenizer("bert", len(pieces), *special, (path,), text, *_fast(tokenizer))
+
+
+def _hugging_face(folder: Path) -> Tokenizer:
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    named: dict = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            named |= {key: value for key, value in content.items() if key.endswith("_token") and value}
+
+    def id_of(*keys: str) -> int | None:
+        texts = [named[key]["content"] if isinstance(named[key], dict) else named[key] for key in keys if key in named]
+        found = [tokenizer.token_to_id(text) for text in texts if isinstance(text, str)]
+        return next((i for i in found if i is not None), None)
+
+    size = max(tokenizer.get_vocab().values()) + 1
+    mask = id_of("mask_token")
+    eos = id_of("eos_token", "sep_token")
+    if eos is None:
+        eos = tokenizer.token_to_id(_GPT2_EOS)
+    if eos is None:
+        raise ValueError(f"tokenizer {folder}: no eos_token in tokenizer_config.json; add one")
+    bos = id_of("bos_token", "cls_token")
+    pad = id_of("pad_token")
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    mask = size if mask is None else mask
+    text = {**added, mask: added.get(mask, MASK_PIECE), eos: tokenizer.id_to_token(eos)}
+    kept = tuple(folder / name for name in _FOLDER_FILES if (folder / name).exists())
+    special = (mask, eos if bos is None else bos, eos, eos if pad in (None, mask) else pad)
+    return Tokenizer("hugging_face", max(size, mask + 1), *special, kept, text, *_fast(tokenizer))
