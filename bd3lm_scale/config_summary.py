@@ -4,11 +4,28 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from bd3lm_scale.config import RunConfig
-from bd3lm_scale.config_checks import num_micro_batches, padded_vocab_size
+from bd3lm_scale.config_checks import check, num_micro_batches, padded_vocab_size
 from bd3lm_scale.config_sizes import MIB, Memory, count, count_on_rank, memory, stage_layers
 
 GPT2_VOCAB_SIZE = 50258
 """Counted with where neither the configuration nor a tokenizer says otherwise: GPT-2's ids and the mask."""
+
+
+def dry_run(config: RunConfig, world_size: int | None = None, vocab_size: int | None = None) -> str:
+    """What --dry-run prints, after the checks.
+
+    Args:
+        config: the run.
+        world_size: number of processes; None for the smallest number the layout allows.
+        vocab_size: the tokenizer's ids including the mask, where known.
+
+    Raises:
+        ConfigError: if the run could not start.
+    """
+    smallest = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+    check(config, world_size or smallest, vocab_size)
+    note = "" if world_size else f"shown for {smallest} processes, the smallest number this layout allows\n"
+    return note + summary(config, world_size or smallest, vocab_size)
 
 
 def summary(config: RunConfig, world_size: int, vocab_size: int | None = None) -> str:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from bd3lm_scale.config import ConfigError
 from bd3lm_scale.config_load import from_dict
 from bd3lm_scale.config_sizes import count, count_on_rank, memory, parameters, stage_layers
-from bd3lm_scale.config_summary import summary
+from bd3lm_scale.config_summary import dry_run, summary
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -112,3 +113,11 @@ def test_summary_says_what_matters():
         assert words in text, text
     assert "assumed" in summary(make(), 1)
     assert "assumed" not in summary(make(), 1, 4096)
+
+
+def test_dry_run_checks_first_and_assumes_the_smallest_world():
+    config = make(tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert "4 = tensor 2 x pipeline 2 x data 1" in dry_run(config)
+    assert "8 = tensor 2 x pipeline 2 x data 2" in dry_run(config, 8)
+    with pytest.raises(ConfigError, match="6 processes cannot be cut"):
+        dry_run(config, 6)
