@@ -62,6 +62,8 @@ def draw_tokens(logits_RV: Tensor, uniform_R: np.ndarray, token_filter: TokenFil
     Raises:
         ValueError: a row has no finite logit or holds NaN.
     """
+    if not torch.isfinite(logits_RV.amax(dim=-1)).all():
+        raise ValueError("the model's logits are not finite: its weights or activations hold NaN or infinity")
     if token_filter.is_greedy:
         return logits_RV.argmax(dim=-1)
     if logits_RV.device.type == "cpu":
@@ -77,11 +79,9 @@ def _draw_one(logits_V: np.ndarray, uniform: float, token_filter: TokenFilter) -
     weight_V = np.exp((logits_V - logits_V.max()) * logits_V.dtype.type(1.0 / token_filter.temperature))
     if not token_filter.cuts:
         sums = np.cumsum(weight_V, dtype=np.float64)
-        _require_finite(sums[-1])
         return int(min(np.searchsorted(sums, uniform * sums[-1], side="right"), np.flatnonzero(weight_V)[-1]))
     falling = np.sort(weight_V)[::-1]
     sums = np.cumsum(falling[: token_filter.top_k], dtype=np.float64)
-    _require_finite(sums[-1])
     if token_filter.nucleus_p < 1.0:
         num_kept = max(1, int(np.searchsorted(sums, token_filter.nucleus_p * sums[-1], side="right")))
         sums = sums[:num_kept]
@@ -94,13 +94,8 @@ def _draw_one(logits_V: np.ndarray, uniform: float, token_filter: TokenFilter) -
     return int(np.flatnonzero(weight_V == value)[rank - before])
 
 
-def _require_finite(total: float) -> None:
-    if not (np.isfinite(total) and total > 0.0):
-        raise ValueError("the model's logits are not finite: the weights hold NaN or infinity, or no token is possible")
-
-
 def draw_tokens_batched(logits_RV: Tensor, uniform_R: Tensor, token_filter: TokenFilter) -> Tensor:
-    """`draw_tokens` in torch operations without synchronisation, for accelerators; same tokens for the same draws."""
+    """`draw_tokens` in torch operations, for accelerators: the same tokens for the same draws."""
     kept_RV, ids_RV = _kept_weights(logits_RV, token_filter)
     sums_RV = kept_RV.cumsum(dim=-1)
     goal_R1 = (uniform_R.double() * sums_RV[:, -1])[:, None]
