@@ -1,10 +1,13 @@
 """What the ranks tell each other about a checkpoint: JSON over a gloo group (no pickled objects)."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from bd3lm_scale.checkpoint.state import CheckpointError
 
 
 class Agreement:
@@ -43,9 +46,22 @@ class Agreement:
         dist.gather(padded, received, group=self.group, group_dst=0)
         return [_decode(d[: int(n)]) for d, n in zip(received or [], sizes, strict=False)]
 
-    def everyone(self, value: Any) -> list[Any]:
-        """Every rank's value on every rank."""
-        return self.share(self.collect(value))
+    def decide(self, decision: Callable[[], Any]) -> Any:
+        """What `decision` returns on rank 0, the only rank that calls it; JSON types.
+
+        Raises:
+            CheckpointError: on every rank, when rank 0 met one, or an OSError.
+        """
+        answer: dict[str, Any] = {}
+        if self.rank == 0:
+            try:
+                answer = {"value": decision()}
+            except (CheckpointError, OSError) as error:
+                answer = {"error": str(error)}
+        answer = self.share(answer)
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+        return answer["value"]
 
 
 def _encode(value: Any) -> torch.Tensor:

@@ -15,26 +15,34 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.agreement import Agreement
-from bd3lm_scale.checkpoint.files import DataFile, StoredBox, sync_folder, write_data_file, write_durably
-from bd3lm_scale.checkpoint.manifest import MANIFEST, UnknownVersionError, read_manifest, write_text
-from bd3lm_scale.checkpoint.reader import (
-    CheckpointReader,
-    find_checkpoint,
-    list_steps,
-    open_checkpoint,
-    step_folder,
+from bd3lm_scale.checkpoint.files import (
+    DELETING,
+    REPLACED,
+    WRITING,
+    DataFile,
+    StoredBox,
+    free_name,
+    sync_folder,
+    write_data_file,
+    write_durably,
 )
-from bd3lm_scale.checkpoint.state import KINDS, Box, CheckpointError, boxes_of
+from bd3lm_scale.checkpoint.lock import RunLock
+from bd3lm_scale.checkpoint.manifest import MANIFEST, write_text
+from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, list_steps, open_checkpoint, step_folder
+from bd3lm_scale.checkpoint.search import newest_valid
+from bd3lm_scale.checkpoint.state import KINDS, Box, boxes_of
+from bd3lm_scale.checkpoint.write import write_weights
 from bd3lm_scale.config import CheckpointConfig
 from bd3lm_scale.runtime import faults
 from bd3lm_scale.runtime.log import get_logger
@@ -42,9 +50,6 @@ from bd3lm_scale.runtime.run_folder import is_fenced
 from bd3lm_scale.values import StateSlice
 
 __all__ = ["CheckpointReader", "CheckpointStore", "SaveReport", "find_checkpoint", "open_checkpoint", "write_weights"]
-
-WRITING, REPLACED, DELETING = ".writing_", ".replaced_", ".deleting_"
-WEIGHT_FILE_BYTES = 2 * 1024**3
 
 log = get_logger(__name__)
 
@@ -91,12 +96,17 @@ class CheckpointStore:
         rank: int = 0,
         world_size: int = 1,
         group: dist.ProcessGroup | None = None,
+        lock: RunLock | None = None,
     ) -> None:
-        """Args: folder is run_dir/checkpoints; group a gloo group over all ranks that nothing else uses."""
+        """Args: folder is run_dir/checkpoints; group a gloo group over all ranks that nothing else uses.
+
+        With a lock nothing is committed after another job took over the run folder.
+        """
         self.folder = Path(folder)
         self.config = config
         self.last_save: SaveReport | None = None
         self._agreement = Agreement(rank, world_size, group)
+        self._lock = lock
         self._thread: threading.Thread | None = None
         self._buffer = torch.empty(0)
 
@@ -127,6 +137,19 @@ class CheckpointStore:
         else:
             self._write(job)
 
+    def prepare(self, slices: Iterable[StateSlice]) -> None:
+        """Make the host buffer for these slices now, in the background: new memory is slow, the first save is not.
+
+        Optional, and the only method that is not collective.
+        """
+        owned = [part for part in slices if part.is_owner]
+        total = sum((part.stop - part.start) * len(part.tensors) for part in owned)
+        on_gpu = any(tensor.is_cuda for part in owned for tensor in part.tensors.values())
+        self.wait()
+        if self.config.asynchronous:
+            self._thread = threading.Thread(target=self._grow_buffer, args=(total, on_gpu), name="checkpoint buffer")
+            self._thread.start()
+
     def wait(self) -> None:
         """Return when no save is in flight."""
         if self._thread is not None:
@@ -134,91 +157,9 @@ class CheckpointStore:
             self._thread = None
 
     def newest(self, step: int | None = None) -> CheckpointReader | None:
-        """The newest checkpoint whose every byte is as it was written; None when there is none.
-
-        The ranks share the work of verifying. Damaged ones are renamed to *.damaged, with a message naming the file.
-
-        Args:
-            step: insist on this step's checkpoint.
-
-        Raises:
-            CheckpointError: `step` is missing or damaged, a checkpoint is of an unknown format version, or a rank
-                cannot read what rank 0 can (then nothing is renamed: the folder is not shared).
-        """
+        """The newest checkpoint whose every byte is as it was written; see search.newest_valid."""
         self.wait()
-        listed = self._first_decides(self._list)
-        for number, path in ((number, Path(path)) for number, path in listed):
-            if step is not None and number != step:
-                continue
-            reader, problems = self._examine(path)
-            verdict = self._first_decides(lambda path=path, found=problems: self._judge(path, found))
-            if verdict is None:
-                return reader or open_checkpoint(path)
-            if step is not None:
-                raise CheckpointError(f"the checkpoint of step {step} is damaged: {verdict}")
-        if step is not None:
-            there = ", ".join(str(number) for number, _ in reversed(listed)) or "none"
-            raise CheckpointError(f"there is no checkpoint of step {step} in {self.folder} (steps there: {there})")
-        return None
-
-    # -- finding -------------------------------------------------------------------------------------------------
-
-    def _list(self) -> list[tuple[int, str]]:
-        for path in self.folder.glob(f"{REPLACED}*"):
-            # a save died between setting the old checkpoint aside and putting the new one in its place
-            original = self.folder / path.name.removeprefix(REPLACED)
-            if not original.exists():
-                path.rename(original)
-        return [(number, str(path)) for number, path in list_steps(self.folder)]
-
-    def _examine(self, path: Path) -> tuple[CheckpointReader | None, list[dict[str, Any]]]:
-        """This rank's reader, and on rank 0 what every rank found wrong."""
-        reader = None
-        try:
-            reader = CheckpointReader(path, read_manifest(path))
-            found = reader.verify(rank=self._agreement.rank, world_size=self._agreement.world_size)
-            report = {"problems": found, "fatal": False}
-        except CheckpointError as error:
-            report = {"problems": [str(error)], "fatal": isinstance(error, UnknownVersionError)}
-        return reader, self._agreement.collect(report)
-
-    def _judge(self, path: Path, reports: list[dict[str, Any]]) -> str | None:
-        """Rank 0: None for a good checkpoint; otherwise the reason, after setting it aside."""
-        problems = [problem for report in reports for problem in report["problems"]]
-        if not problems:
-            return None
-        if any(report["fatal"] for report in reports):
-            raise CheckpointError(problems[0])
-        try:
-            seen_here = open_checkpoint(path).verify()
-        except CheckpointError as error:
-            seen_here = [str(error)]
-        if not seen_here:
-            ranks = [rank for rank, report in enumerate(reports) if report["problems"]]
-            raise CheckpointError(
-                f"{path} is whole on rank 0, but rank {ranks[0]} reads: {problems[0]}; "
-                "run_dir must be on a file system that all nodes share"
-            )
-        reason = "; ".join(sorted(set(problems)))
-        aside = _free_name(path.with_name(path.name + ".damaged"))
-        path.rename(aside)
-        log.warning("checkpoint %s is damaged: %s; set aside as %s", path.name, reason, aside.name)
-        return reason
-
-    def _first_decides(self, decide: Callable[[], Any]) -> Any:
-        """Rank 0's decision on every rank; its CheckpointError or OSError is raised on every rank."""
-        answer: dict[str, Any] = {}
-        if self._is_first:
-            try:
-                answer = {"value": decide()}
-            except (CheckpointError, OSError) as error:
-                answer = {"error": str(error)}
-        answer = self._agreement.share(answer)
-        if "error" in answer:
-            raise CheckpointError(answer["error"])
-        return answer["value"]
-
-    # -- saving --------------------------------------------------------------------------------------------------
+        return newest_valid(self.folder, self._agreement, step)
 
     def _take(self, slices: Iterable[StateSlice]) -> tuple[list[StoredBox], list[Tensor]]:
         """Boxes and runs of the owned slices; the runs are copies in the host buffer when asynchronous."""
@@ -239,16 +180,25 @@ class CheckpointStore:
 
     def _copy(self, runs: list[Tensor]) -> list[Tensor]:
         total = sum(run.numel() for run in runs)
-        if self._buffer.numel() < total:
-            on_gpu = any(run.is_cuda for run in runs)
-            self._buffer = torch.empty(0)
-            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=on_gpu)
+        on_gpu = any(run.is_cuda for run in runs)
+        self._grow_buffer(total, on_gpu)
         copies = list(self._buffer[:total].split([run.numel() for run in runs])) if runs else []
         for copy, run in zip(copies, runs, strict=True):
             copy.copy_(run, non_blocking=run.is_cuda)
-        if any(run.is_cuda for run in runs):
+        if on_gpu:
             torch.cuda.current_stream().synchronize()
         return copies
+
+    def _grow_buffer(self, total: int, pinned: bool) -> None:
+        """Host memory for a copy of `total` float32 elements, kept for the next save."""
+        if self._buffer.numel() >= total:
+            return
+        self._buffer = torch.empty(0)
+        if pinned:
+            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=True)
+        else:
+            # numpy asks the system for huge pages; touching the memory now keeps page faults out of the copy
+            self._buffer = torch.from_numpy(np.empty(total, dtype=np.float32)).zero_()
 
     def _write(self, job: _Job) -> None:
         """The rest of a save; every path through it takes part in the same three exchanges."""
@@ -311,6 +261,8 @@ class CheckpointStore:
         try:
             if problem is None and is_fenced(self.folder.parent):
                 problem = "a newer attempt of this run owns the folder"
+            if problem is None and self._lock is not None and not self._lock.is_held():
+                problem = "another job has taken over the run folder"
             if problem is None:
                 files = [_file_from_report(report) for report in reports if report]
                 faults.point("save:before_manifest")
@@ -343,7 +295,7 @@ class CheckpointStore:
         steps = list_steps(self.folder)
         for _, path in (item for item in steps if item[0] > step):
             # the run went back to an earlier checkpoint and has now saved again: these are not its future any more
-            aside = _free_name(path.with_name(path.name + ".abandoned"))
+            aside = free_name(path.with_name(path.name + ".abandoned"))
             path.rename(aside)
             log.warning("checkpoint %s is from before the run went back; set aside as %s", path.name, aside.name)
         past = [item for item in steps if item[0] <= step]
@@ -351,7 +303,7 @@ class CheckpointStore:
         for number, path in past[max(1, self.config.keep_last) :]:
             if not (every and number % every == 0):
                 # renamed first: a half-removed folder must not look like a damaged checkpoint
-                doomed = path.rename(_free_name(path.with_name(DELETING + path.name)))
+                doomed = path.rename(free_name(path.with_name(DELETING + path.name)))
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -361,60 +313,3 @@ def _file_from_report(report: dict[str, Any]) -> DataFile:
         for kind, name, offset, shape, position, whole in report["boxes"]
     )
     return DataFile(report["name"], report["bytes"], report["sha256"], boxes)
-
-
-def _free_name(path: Path) -> Path:
-    """The path, or with .1, .2, ... appended when it is taken."""
-    if not path.exists():
-        return path
-    return next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{i}")).exists())
-
-
-def write_weights(folder: str | Path, tensors: Iterable[tuple[str, str, Tensor]], meta: dict[str, Any]) -> Path:
-    """Write a checkpoint that holds only weights, from one process, in memory bounded by one file.
-
-    Args:
-        folder: the checkpoint folder to create.
-        tensors: (global name, kind, whole tensor) with kind "master" or "ema"; any floating dtype.
-        meta: the record; contents is set to "weights".
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: the folder exists; OSError: what the disk says.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists; choose another destination or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{WRITING}{folder.name}_{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        files = []
-        for i, batch in enumerate(_batches(tensors, WEIGHT_FILE_BYTES)):
-            boxes = [
-                StoredBox(k, n, tuple(t.shape), Box(tuple(0 for _ in t.shape), tuple(t.shape))) for n, k, t in batch
-            ]
-            runs = (t.detach().to(device="cpu", dtype=torch.float32).reshape(-1).numpy() for _, _, t in batch)
-            files.append(write_data_file(temporary / f"weights_{i:05d}.safetensors", boxes, runs))
-        write_durably(temporary / MANIFEST, write_text({**meta, "contents": "weights"}, files))
-        sync_folder(temporary)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _batches(tensors: Iterable[tuple[str, str, Tensor]], limit_bytes: int) -> Iterator[list[tuple[str, str, Tensor]]]:
-    batch, size = [], 0
-    for item in tensors:
-        batch.append(item)
-        size += 4 * item[2].numel()
-        if size >= limit_bytes:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

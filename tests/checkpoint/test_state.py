@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3lm_scale.checkpoint import reader as reader_module
-from bd3lm_scale.checkpoint.state import Box, BoxIndex, boxes_of
-from bd3lm_scale.checkpoint.store import CheckpointError, CheckpointStore
+from bd3lm_scale.checkpoint.state import Box, BoxIndex, CheckpointError, boxes_of
+from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.config import CheckpointConfig
 from bd3lm_scale.values import StateSlice
 from tests.checkpoint.layouts import cut, shard, whole_state

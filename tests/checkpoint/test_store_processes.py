@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from bd3lm_scale.checkpoint import search
 from bd3lm_scale.checkpoint.reader import find_checkpoint
 from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.checkpoint.store import CheckpointStore
@@ -86,12 +87,13 @@ def everybody_agrees_on_damage(store, rank, group):
             path.unlink()
     dist.barrier(group)
     if rank == 3:
-        store._examine, examine = lambda path: examine(elsewhere / path.name), store._examine
+        examine = search._examine
+        search._examine = lambda path, agreement: examine(elsewhere / path.name, agreement)
     with pytest.raises(CheckpointError, match=r"whole on rank 0, but rank 3 reads.*must be on a file system"):
         store.newest()
     assert (store.folder / "step_00000003").is_dir()
     if rank == 3:
-        store._examine = examine
+        search._examine = examine
 
 
 def one_rank_dies(store, rank):
