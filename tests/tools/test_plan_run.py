@@ -1,0 +1,91 @@
+"""Planning: FLOPs counted exactly, suggestions that pass the checks and fit, errors with a way out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bd3lm_scale.config_checks import problems
+from bd3lm_scale.config_load import from_dict, load_config
+from bd3lm_scale.config_sizes import parameters
+from bd3lm_scale.diffusion.visibility import training_visibility
+from tools import plan_run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def make(objective="bd3lm", length=32, block_size=4, **model):
+    sizes = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "cond_dim": 16, **model}
+    return from_dict(
+        {
+            "run_dir": "r",
+            "data": {"path": "d", "context_length": length},
+            "diffusion": {"objective": objective, "block_size": block_size},
+            "model": sizes,
+        }
+    )
+
+
+@pytest.mark.parametrize("objective", ["bd3lm", "mdlm", "sedd", "ar"])
+@pytest.mark.parametrize("block_size", [1, 4, 32])
+def test_attention_pairs_are_those_the_visibility_rule_allows(objective, block_size):
+    config = make(objective, block_size=block_size)
+    visibility = training_visibility(objective, 32, config.block_size)
+    positions = torch.arange(len(visibility.view_P))
+    allowed = visibility.may_see(positions[:, None], positions[None, :])
+    assert plan_run.attention_pairs(config) == int(allowed.sum())
+
+
+def test_linear_flops_are_two_per_weight_and_position():
+    config = make()
+    named = parameters(config, 128)
+    matrices = sum(
+        p.size for name, p in named.items() if name.startswith("decoder.") and len(p.shape) == 2 and "modul" not in name
+    )
+    forward = plan_run.forward_flops(config, 128)
+    assert forward["linear layers"] == 2 * matrices * 64
+    modulation = sum(p.size for name, p in named.items() if name.endswith("modulation.weight"))
+    assert forward["conditioning"] == 2 * modulation
+    assert plan_run.forward_flops(make("ar"), 128)["conditioning"] == 0
+    assert plan_run.forward_flops(make("ar"), 128)["head"] == 2 * 31 * 64 * 128
+
+
+def test_block_diffusion_costs_between_one_and_two_ar_passes(capsys):
+    assert plan_run.main([str(CONFIGS / "owt_110m_block4.yaml"), "--gpus", "8", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert 1 < figures["cost_relative_to_ar"] < 2
+    assert figures["tokens"] == 75_000 * 512 * 1024
+    seconds = figures["days"] * 86_400
+    assert figures["tokens"] / seconds == pytest.approx(figures["tokens_per_second"])
+    assert figures["total_flops"] / seconds == pytest.approx(8 * 989e12 * 0.4)
+
+
+@pytest.mark.parametrize(("name", "gpus", "gpu"), [("owt_7b_tp4_pp4", 64, "h100"), ("owt_7b_tp4_pp4", 16, "l40s")])
+def test_the_suggested_layout_passes_every_check_and_fits(name, gpus, gpu, capsys):
+    path = str(CONFIGS / f"{name}.yaml")
+    assert plan_run.main([path, "--gpus", str(gpus), "--gpu", gpu]) == 0
+    text = capsys.readouterr().out
+    suggestion = text.split("suggestion")[1].split()
+    config = load_config(path, [*suggestion, "parallel.virtual_pipeline_parallel_size=null"])
+    assert problems(config, gpus) == []
+    assert plan_run.peak_memory(config, gpus, 50258) < 0.86 * plan_run.GPUS[gpu].memory_gib * 2**30
+
+
+def test_pipeline_bubble_shrinks_with_micro_batches_and_interleaving():
+    def config(chunks, batch):
+        overrides = ["parallel.pipeline_parallel_size=4", f"train.global_batch_size={batch}"]
+        overrides += [f"parallel.virtual_pipeline_parallel_size={chunks}", "train.micro_batch_size=1"]
+        return load_config(CONFIGS / "owt_7b_tp4_pp4.yaml", overrides)
+
+    assert plan_run.bubble(config("null", 4), 1) == 3 / 7
+    assert plan_run.bubble(config("2", 4), 1) == 3 / 11
+    assert plan_run.bubble(config("2", 64), 1) < 0.03
+
+
+def test_impossible_worlds_are_refused_with_a_layout_that_is_possible(capsys):
+    assert plan_run.main([str(CONFIGS / "owt_1b_tp2_pp2.yaml"), "--gpus", "6"]) == 2
+    message = capsys.readouterr().err
+    assert "6 processes cannot be cut" in message
+    assert "a layout for 6 GPUs: parallel.tensor_parallel_size=" in message
+    assert plan_run.main([str(CONFIGS / "absent.yaml"), "--gpus", "6"]) == 2

@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""Plan a run: memory by part, FLOPs, days for the token budget, and a layout that fits.
+
+FLOPs are the model's own, without recomputation: matrix products over the positions the transformer really reads, and
+attention over exactly the pairs its visibility allows. Days follow from an assumed MFU (share of the GPU's peak).
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from bd3lm_scale.config import ConfigError, RunConfig
+from bd3lm_scale.config_checks import num_micro_batches, padded_vocab_size, problems
+from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config_sizes import memory
+from bd3lm_scale.config_summary import GPT2_VOCAB_SIZE, summary
+
+GIB = 2**30
+SECONDS_PER_DAY = 86_400
+MEMORY_MARGIN = 0.85
+"""Share of the GPU's memory to plan with; the rest is for buffers, fragmentation and the libraries."""
+GPUS_PER_NODE = 8
+"""Tensor parallelism stays inside a node."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak dense FLOP/s as the vendor states them, and memory in GiB."""
+
+    bf16: float
+    fp32: float
+    memory_gib: float
+
+
+GPUS = {
+    "a100": Gpu(312e12, 19.5e12, 80),
+    "h100": Gpu(989e12, 67e12, 80),
+    "h200": Gpu(989e12, 67e12, 141),
+    "b200": Gpu(2250e12, 75e12, 180),
+    "l40s": Gpu(362e12, 91.6e12, 48),
+}
+
+
+def attention_pairs(config: RunConfig) -> int:
+    """Query-key pairs of one row: what the visibility rule allows, counted exactly."""
+    length, size = config.data.context_length, config.block_size
+    if config.diffusion.objective in ("mdlm", "sedd"):
+        return length * length
+    causal = length * (length + size) // 2  # every position sees its own block and all earlier ones
+    return 2 * causal if config.diffusion.objective == "bd3lm" else causal
+
+
+def forward_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
+    """Floating-point operations of one row's forward pass, by part (a multiply-add counts as two)."""
+    model, length = config.model, config.data.context_length
+    width = model.hidden_size
+    products = (4 + 2 * model.mlp_ratio) * width * width
+    mean_mask_rate = (max(config.diffusion.clip_low, config.diffusion.time_epsilon) + config.diffusion.clip_high) / 2
+    scored = length - 1 if config.diffusion.objective == "ar" else mean_mask_rate * length
+    return {
+        "linear layers": 2.0 * model.num_layers * config.sequence_length * products,
+        "attention": 4.0 * model.num_layers * attention_pairs(config) * width,
+        "conditioning": 2.0 * model.cond_dim * width * (6 * model.num_layers + 2) if config.uses_adaln else 0.0,
+        "head": 2.0 * scored * width * padded_vocab_size(vocab_size),
+    }
+
+
+def flops_per_token(config: RunConfig, vocab_size: int) -> float:
+    """Training FLOPs per token of text: forward and twice as much backward."""
+    return 3 * sum(forward_flops(config, vocab_size).values()) / config.data.context_length
+
+
+def bubble(config: RunConfig, replicas: int) -> float:
+    """Share of the step the pipeline's stages wait for each other."""
+    stages = config.parallel.pipeline_parallel_size
+    chunks = config.parallel.virtual_pipeline_parallel_size or 1
+    return (stages - 1) / (num_micro_batches(config, replicas) * chunks + stages - 1)
+
+
+def peak_memory(config: RunConfig, world_size: int, vocab_size: int) -> float:
+    """Bytes on the fullest rank."""
+    stages = range(config.parallel.pipeline_parallel_size)
+    return max(memory(config, world_size, vocab_size, stage).total for stage in stages)
+
+
+def relative_cost(config: RunConfig, world_size: int) -> float:
+    """Step time relative to an undivided model's, by rules of thumb; for ranking layouts only."""
+    parallel = config.parallel
+    replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    computed = num_micro_batches(config, replicas) * replicas * config.train.micro_batch_size
+    cost = computed / config.train.global_batch_size  # zero-weight rows
+    cost /= 1 - bubble(config, replicas)
+    cost *= 1 + 0.05 * math.log2(parallel.tensor_parallel_size)  # collectives in every layer
+    cost *= {1: 1.0, 2: 1.02, 3: 1.08}[config.optim.zero_stage]  # reduction per micro-batch; gathering weights
+    cost *= 4 / 3 if parallel.recompute == "full" else 1.0
+    return cost * (1 + 0.02 / config.train.micro_batch_size)  # small matrices
+
+
+def candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
+    """Layouts of this model on this many GPUs that pass every check."""
+    sizes = [2**i for i in range(8)]
+    for tensor, stages, chunks, zero, recompute, rows in itertools.product(
+        [s for s in sizes if s <= GPUS_PER_NODE], sizes, (None, 2, 4), (1, 2, 3), ("none", "full"), sizes
+    ):
+        if world_size % (tensor * stages) or rows > config.train.global_batch_size or (stages > 1 and zero > 1):
+            continue
+        candidate = replace(
+            config,
+            parallel=replace(
+                config.parallel,
+                tensor_parallel_size=tensor,
+                pipeline_parallel_size=stages,
+                virtual_pipeline_parallel_size=chunks,
+                sequence_parallel=tensor > 1,
+                recompute=recompute,
+            ),
+            optim=replace(config.optim, zero_stage=zero),
+            train=replace(config.train, micro_batch_size=rows),
+        )
+        if not problems(candidate, world_size):
+            yield candidate
+
+
+def suggest(config: RunConfig, world_size: int, vocab_size: int, gpu: Gpu) -> RunConfig | None:
+    """The cheapest layout that fits into the GPU's memory, or None."""
+    room = MEMORY_MARGIN * gpu.memory_gib * GIB
+    fitting = [c for c in candidates(config, world_size) if peak_memory(c, world_size, vocab_size) <= room]
+    return min(fitting, key=lambda c: relative_cost(c, world_size)) if fitting else None
+
+
+def layout_overrides(config: RunConfig) -> list[str]:
+    """A layout as `a.b=c` arguments."""
+    parallel = config.parallel
+    return [
+        f"parallel.tensor_parallel_size={parallel.tensor_parallel_size}",
+        f"parallel.pipeline_parallel_size={parallel.pipeline_parallel_size}",
+        *(
+            [f"parallel.virtual_pipeline_parallel_size={parallel.virtual_pipeline_parallel_size}"]
+            if parallel.virtual_pipeline_parallel_size
+            else []
+        ),
+        f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}",
+        f"parallel.recompute={parallel.recompute}",
+        f"optim.zero_stage={config.optim.zero_stage}",
+        f"train.micro_batch_size={config.train.micro_batch_size}",
+    ]
+
+
+def plan(config: RunConfig, world_size: int, vocab_size: int, gpu: Gpu, mfu: float) -> dict[str, object]:
+    """All figures of the plan; `suggested` is None where nothing fits."""
+    parallel = config.parallel
+    replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    forward = forward_flops(config, vocab_size)
+    per_token = flops_per_token(config, vocab_size)
+    tokens = config.train.steps * config.train.global_batch_size * config.data.context_length
+    peak = gpu.fp32 if config.precision == "fp32" else gpu.bf16
+    lost = 1 - (1 - bubble(config, replicas)) / (4 / 3 if parallel.recompute == "full" else 1)
+    as_ar = replace(config, diffusion=replace(config.diffusion, objective="ar"))
+    suggested = suggest(config, world_size, vocab_size, gpu)
+    return {
+        "tokens": tokens,
+        "attention_pairs_per_row": attention_pairs(config),
+        "forward_flops_per_row": forward,
+        "training_flops_per_token": per_token,
+        "cost_relative_to_ar": per_token / flops_per_token(as_ar, vocab_size),
+        "total_flops": per_token * tokens,
+        "mfu": mfu,
+        "pipeline_bubble": bubble(config, replicas),
+        "tokens_per_second": world_size * peak * mfu * (1 - lost) / per_token,
+        "days": per_token * tokens / (world_size * peak * mfu * (1 - lost)) / SECONDS_PER_DAY,
+        "memory_gib": [
+            {k: v / GIB for k, v in asdict(memory(config, world_size, vocab_size, stage)).items()}
+            for stage in range(parallel.pipeline_parallel_size)
+        ],
+        "peak_memory_gib": peak_memory(config, world_size, vocab_size) / GIB,
+        "fits": peak_memory(config, world_size, vocab_size) <= MEMORY_MARGIN * gpu.memory_gib * GIB,
+        "suggested": layout_overrides(suggested) if suggested else None,
+    }
+
+
+def report(config: RunConfig, world_size: int, vocab_size: int, gpu_name: str, figures: dict) -> str:
+    """The plan as text."""
+    forward = figures["forward_flops_per_row"]
+    whole = sum(forward.values())
+    parts = ", ".join(f"{name} {value / whole:.1%}" for name, value in forward.items())
+    gpu = GPUS[gpu_name]
+    fits = "fits" if figures["fits"] else "does NOT fit"
+    suggested = figures["suggested"]
+    remedy = "nothing fits: use more GPUs" if suggested is None else " ".join(suggested)
+    return "\n".join(
+        [
+            summary(config, world_size, vocab_size),
+            "",
+            f"FLOPs       {figures['training_flops_per_token']:.3e} per token in training "
+            f"({figures['cost_relative_to_ar']:.2f} x one AR pass), {figures['total_flops']:.3e} in all",
+            f"            forward: {parts}; {figures['attention_pairs_per_row']:,} query-key pairs per row",
+            f"time        {figures['days']:,.1f} days for {figures['tokens'] / 1e9:,.1f} billion tokens, "
+            f"{figures['tokens_per_second']:,.0f} tokens/s",
+            f"            assuming MFU {figures['mfu']:.0%} of {world_size} {gpu_name} outside the pipeline's bubble "
+            f"({figures['pipeline_bubble']:.1%} of the step)",
+            f"memory      {figures['peak_memory_gib']:.1f} GiB on the fullest rank: {fits} into {MEMORY_MARGIN:.0%} of "
+            f"{gpu.memory_gib:g} GiB",
+            f"suggestion  {remedy}",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the plan of a configuration."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak the kernels reach (default: 0.4)")
+    parser.add_argument(
+        "--vocab-size", type=int, help="ids including the mask (default: the configuration's or GPT-2's)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    args = parser.parse_intermixed_args(argv)
+    if not 0 < args.mfu <= 1:
+        parser.error(f"--mfu {args.mfu}: must lie in (0, 1]; use for example 0.4")
+    try:
+        config = load_config(args.config, args.overrides)
+        vocab_size = args.vocab_size or config.model.vocab_size or GPT2_VOCAB_SIZE
+        found = problems(config, args.gpus, vocab_size)
+        if found:
+            suggested = suggest(config, args.gpus, vocab_size, GPUS[args.gpu]) if args.gpus > 0 else None
+            hint = [f"a layout for {args.gpus} GPUs: {' '.join(layout_overrides(suggested))}"] if suggested else []
+            raise ConfigError([*found, *hint], f"{args.config} on {args.gpus} GPUs")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    figures = plan(config, args.gpus, vocab_size, GPUS[args.gpu], args.mfu)
+    print(json.dumps(figures, indent=2) if args.json else report(config, args.gpus, vocab_size, args.gpu, figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
