@@ -1,0 +1,145 @@
+"""The data-driven clipped schedule (paper, Section 5.2), from the times and losses that evaluation has anyway.
+
+Evaluation draws t ~ U[epsilon, 1]. With l the loss of a block (per token, weight p'/p included), training on
+t ~ U[low, high] uses the same l at other times and no other weight, so
+
+    Var_{U[low, high]}[l] = mean over t in [low, high] of E[l^2 | t]  -  (mean over t in [low, high] of E[l | t])^2
+
+and the moments E[l | t], E[l^2 | t], kept in bins of t, give the variance under *every* interval at once.
+
+Shapes: B rows, N blocks in a row.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+Interval = tuple[float, float]
+
+NUM_BINS = 1000
+"""Bins of t; the edges 0.001, 0.002, ... include those of the paper's grid."""
+
+HYSTERESIS = 0.01
+"""Another interval must have this much less variance, so that rounding never flips the choice."""
+
+
+class TimeMoments:
+    """Count, sum and sum of squares of block losses in bins of their diffusion time.
+
+    Times must be uniform on [epsilon, 1]; or all 1, as in the exact evaluation of blocks of one token.
+
+    Attributes:
+        epsilon: smallest time drawn.
+        sums: float64 (3, NUM_BINS).
+    """
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.sums = torch.zeros(3, NUM_BINS, dtype=torch.float64)
+
+    def accumulate(self, time_BN: Tensor, block_loss_BN: Tensor, is_real_B: Tensor | None = None) -> None:
+        """Add the blocks of a micro-batch; rows that are not real are left out."""
+        time_BN, loss_BN = time_BN.detach().double().cpu(), block_loss_BN.detach().double().cpu()
+        if is_real_B is not None:
+            keep = is_real_B.cpu()
+            time_BN, loss_BN = time_BN[keep], loss_BN[keep]
+        bin_index = (time_BN.flatten() * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        loss = loss_BN.flatten()
+        for row, values in enumerate((torch.ones_like(loss), loss, loss * loss)):
+            self.sums[row].index_add_(0, bin_index, values)
+
+    def as_tensor(self) -> Tensor:
+        """The sums, to all-reduce or save; a copy."""
+        return self.sums.clone()
+
+    @staticmethod
+    def from_tensor(sums: Tensor, epsilon: float) -> "TimeMoments":
+        """Moments whose sums are given (summed over ranks, or loaded)."""
+        moments = TimeMoments(epsilon)
+        moments.sums = sums.detach().double().cpu().clone()
+        return moments
+
+    def variance(self, interval: Interval) -> float:
+        """Variance of a block's loss when its time is uniform on `interval` (unbiased; nan with fewer than 2 blocks).
+
+        An edge inside a bin counts the bin in proportion. Equal ends stand for the bin that holds them.
+        """
+        share = self._share(interval)
+        count, total, squares = (self.sums * share).sum(1).tolist()
+        if count < 1.5:
+            return math.nan
+        return max(0.0, squares / count - (total / count) ** 2) * count / (count - 1)
+
+    def _share(self, interval: Interval) -> Tensor:
+        """How much of each bin's times lies in the interval, float64 (NUM_BINS,)."""
+        low, high = interval
+        edges = torch.arange(NUM_BINS + 1, dtype=torch.float64) / NUM_BINS
+        if high <= low:
+            return (torch.arange(NUM_BINS) == min(int(low * NUM_BINS), NUM_BINS - 1)).double()
+        left, right = edges[:-1].clamp(min=self.epsilon), edges[1:]
+        inside = (right.clamp(max=high) - left.clamp(min=low)).clamp(min=0.0)
+        return inside / (right - left).clamp(min=1e-12)
+
+
+def candidate_intervals(widths: tuple[float, ...], step: float, epsilon: float, block_size: int) -> list[Interval]:
+    """The intervals that are compared: the full one first, then every width at every multiple of step.
+
+    For blocks of one token only the full interval and (1, 1), the exact likelihood, are of interest.
+    """
+    full = (epsilon, 1.0)
+    if block_size == 1:
+        return [full, (1.0, 1.0)]
+    intervals = [full]
+    for width in widths:
+        places = int((1.0 - width) / step + 1e-9) + 1
+        for place in range(places):
+            low = round(place * step, 12)
+            intervals.append((max(low, epsilon), min(1.0, round(low + width, 12))))
+    return list(dict.fromkeys(intervals))
+
+
+def variance_table(
+    moments: TimeMoments,
+    widths: tuple[float, ...],
+    step: float,
+    block_size: int,
+    current: Interval | None = None,
+) -> dict[Interval, float]:
+    """Variance of the block loss under every candidate interval, and under the one in force."""
+    intervals = candidate_intervals(widths, step, moments.epsilon, block_size)
+    if block_size == 1:
+        return _single_token_table(moments, intervals)
+    if current is not None and current not in intervals:
+        intervals.append(current)
+    return {interval: moments.variance(interval) for interval in intervals}
+
+
+def _single_token_table(moments: TimeMoments, intervals: list[Interval]) -> dict[Interval, float]:
+    """Blocks of one token, from their exact losses at t = 1.
+
+    At time t the loss is nll / t with probability t, so E[l^2 | t] = E[nll^2] / t and
+    mean of 1/t over [epsilon, 1] = ln(1 / epsilon) / (1 - epsilon).
+    """
+    count, total, squares = moments.sums[:, -1].tolist()
+    if count < 1.5:
+        return dict.fromkeys(intervals, math.nan)
+    mean, square = total / count, squares / count
+    correction = count / (count - 1)
+    inverse_time = math.log(1.0 / moments.epsilon) / (1.0 - moments.epsilon)
+    full, exact = intervals
+    return {full: (square * inverse_time - mean**2) * correction, exact: (square - mean**2) * correction}
+
+
+def choose_interval(table: dict[Interval, float], current: Interval) -> Interval:
+    """The interval of least variance; `current` stays unless another is better by more than 1%.
+
+    Intervals of unknown variance (nan) are never chosen; with no known one, `current` stays.
+    """
+    known = {interval: variance for interval, variance in table.items() if math.isfinite(variance)}
+    if not known:
+        return current
+    best = min(known, key=lambda interval: known[interval])
+    if current in known and known[best] >= known[current] * (1.0 - HYSTERESIS):
+        return current
+    return best
