@@ -1,0 +1,201 @@
+"""From a Hugging Face folder (ours or a published BD3-LM checkpoint) to native weights.
+
+Only config.json and safetensors files are read; code that lies in the folder is never run.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
+from bd3lm_scale.checkpoint.names import PREFIX, Architecture, shape_problems, table, to_ours
+from bd3lm_scale.config import RunConfig
+from bd3lm_scale.config_load import from_dict, to_dict
+
+PUBLISHED_FIELDS = ("block_size", "vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_PROBLEMS = 40
+
+Weights = Iterator[tuple[str, str, Tensor]]
+
+
+def import_hf(
+    source: str | Path, overrides: Sequence[str] = (), data_path: str = "data"
+) -> tuple[Weights, dict[str, Any]]:
+    """Weights of a Hugging Face folder under our names, and the record of the checkpoint they make.
+
+    Args:
+        source: a folder with config.json and model.safetensors (or shards and an index).
+        overrides: `a.b=c` on the resulting configuration, and `mask_token_id=N` where the folder does not say it
+            (published LM1B models use BERT's).
+        data_path: data.path of that configuration; its subfolder tokenizer/ should hold the tokenizer.
+
+    Returns:
+        An iterator of (our name, "master", float32 tensor), reading one tensor at a time, and `meta`.
+
+    Raises:
+        ValueError: not a BD3-LM folder, unreadable files, or tensors that do not fit: all are listed by name.
+    """
+    source = Path(source)
+    fields = read_config(source)
+    own, overrides = _split_overrides(overrides)
+    hf_config = BD3LMConfig(**{**fields, **own})
+    files = tensor_files(source)
+    buffers = read_buffers(files)
+    config = run_config(hf_config, buffers, [f"run_dir={source.name}", f"data.path={data_path}", *overrides])
+    arch = Architecture.of(config, hf_config.vocab_size)
+    check_published(files, arch)
+    meta = weights_meta(config, hf_config.vocab_size, hf_config.mask_token_id, str(source))
+    training = fields.get("training") or {}
+    meta |= {"step": int(training.get("step", 0)), "tokens": int(training.get("tokens", 0))}
+    return _weights(files, arch), meta
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """config.json, checked to be of a BD3-LM."""
+    path = source / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{source}: no config.json; give a folder as save_pretrained or to-hf writes it")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind != "bd3lm":
+        raise ValueError(f"{path}: model_type is {kind!r}, another architecture; only bd3lm folders can be imported")
+    missing = [name for name in PUBLISHED_FIELDS if name not in fields]
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; is it complete?")
+    return fields
+
+
+def tensor_files(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Every stored tensor: its file and its shape; headers are read, data is not."""
+    if (source / INDEX).is_file():
+        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+        files = [source / name for name in sorted(set(index["weight_map"].values()))]
+    elif (source / WEIGHTS).is_file():
+        files = [source / WEIGHTS]
+    else:
+        pickled = sorted(path.name for path in source.glob("*.bin"))
+        hint = f"; {pickled[0]} is a pickle, which is not read: save it as safetensors" if pickled else ""
+        raise ValueError(f"{source}: no {WEIGHTS} and no {INDEX}{hint}")
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                    found[name] = (file, tuple(opened.get_slice(name).get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: unreadable or cut off ({error}); fetch it again") from error
+    return found
+
+
+def read_buffers(files: dict[str, tuple[Path, tuple[int, ...]]]) -> dict[str, float]:
+    """The clipped interval stored beside the weights, each bound as the shortest decimal that gives its bits."""
+    buffers = {}
+    for name in ("sampling_eps_min", "sampling_eps_max"):
+        if name in files:
+            with safe_open(files[name][0], "pt") as opened:
+                buffers[name] = shortest(opened.get_tensor(name))
+    return buffers
+
+
+def shortest(value: Tensor) -> float:
+    """0.001 for the float32 0.0010000000474974513: the decimal a person wrote, equal in float32."""
+    return float(str(np.float32(value.float().item())))
+
+
+def run_config(hf_config: BD3LMConfig, buffers: dict[str, float], overrides: Sequence[str] = ()) -> RunConfig:
+    """The resolved configuration that the imported weights stand for; ConfigError if it is not a legal one."""
+    objective = hf_config.objective
+    values = to_dict(RunConfig())
+    values["data"]["context_length"] = hf_config.model_length
+    values["model"] |= {
+        "num_layers": hf_config.n_blocks,
+        "hidden_size": hf_config.hidden_dim,
+        "num_heads": hf_config.n_heads,
+        "cond_dim": hf_config.cond_dim,
+        "mlp_ratio": hf_config.mlp_ratio,
+        "dropout": hf_config.dropout,
+        "tie_embeddings": hf_config.tied_head,
+        "vocab_size": hf_config.vocab_size,
+    }
+    # our exports say how they were trained
+    training = getattr(hf_config, "training", None) or {}
+    stored = str(getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None))
+    values["precision"] = training.get("precision") or ("bf16" if "bfloat16" in stored else "fp32")
+    diffusion = values["diffusion"] | (training.get("diffusion") or {})
+    diffusion |= {"objective": objective, "ignore_bos": bool(hf_config.ignore_bos)}
+    diffusion["time_conditioning"] = None if objective == "ar" else bool(hf_config.time_conditioning)
+    if objective == "bd3lm":
+        diffusion["block_size"] = hf_config.block_size
+        diffusion["clip_low"] = buffers.get("sampling_eps_min", diffusion["clip_low"])
+        diffusion["clip_high"] = buffers.get("sampling_eps_max", diffusion["clip_high"])
+    return from_dict(_overridden({**values, "diffusion": diffusion}, overrides))
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+    return OmegaConf.to_container(merged, resolve=False)  # pyright: ignore[reportReturnType]
+
+
+def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    name = "mask_token_id="
+    own = [text for text in overrides if text.startswith(name)]
+    mask = {"mask_token_id": int(own[-1].removeprefix(name))} if own else {}
+    return mask, [text for text in overrides if text not in own]
+
+
+def check_published(files: dict[str, tuple[Path, tuple[int, ...]]], arch: Architecture) -> None:
+    """ValueError listing every missing, extra or misshapen tensor by name."""
+    buffers = {"sampling_eps_min", "sampling_eps_max", f"{PREFIX}rotary_emb.inv_freq"}
+    found = {name: shape for name, (_, shape) in files.items() if name not in buffers}
+    problems = shape_problems({PREFIX + entry.published: entry.shape for entry in table(arch)}, found)
+    if problems:
+        more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        listed = "\n  ".join(problems[:MAX_PROBLEMS])
+        raise ValueError(f"the weights do not fit config.json ({len(problems)} tensors):\n  {listed}{more}")
+
+
+def _weights(files: dict[str, tuple[Path, tuple[int, ...]]], arch: Architecture) -> Weights:
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(safe_open(path, "pt")) for path in {path for path, _ in files.values()}}
+        embedding = None
+        for entry in table(arch):
+            tensor = opened[files[PREFIX + entry.published][0]].get_tensor(PREFIX + entry.published).float()
+            if arch.tied_head and entry.ours == "embedding.weight":
+                if embedding is not None and not torch.equal(tensor, embedding):
+                    raise ValueError("config.json says tied_head, but output_layer.linear.weight is not the embedding")
+                if embedding is not None:
+                    continue
+                embedding = tensor
+            yield entry.ours, "master", to_ours(entry, tensor, arch)
+
+
+def weights_meta(config: RunConfig, vocab_size: int, mask_token_id: int, source: str) -> dict[str, Any]:
+    """The record of a weights-only checkpoint, as training writes it."""
+    diffusion = config.diffusion
+    return {
+        "step": 0,
+        "tokens": 0,
+        "optimizer_step": 0,
+        "cursor": {"step": 0, "data_offset": 0, "excluded_shards": []},
+        "clip": {"low": diffusion.clip_low, "high": diffusion.clip_high},
+        "config": to_dict(config),
+        "contents": "weights",
+        "layout": {},
+        "versions": {"torch": torch.__version__},
+        "vocab_size": vocab_size,
+        "mask_token_id": mask_token_id,
+        "source": source,
+    }

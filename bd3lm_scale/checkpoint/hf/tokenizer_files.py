@@ -1,0 +1,328 @@
+"""Tokenizers as transformers reads them: one tokenizer.json for every kind, loadable without sentencepiece.
+
+Special ids cannot be produced by text (`split_special_tokens`), nothing is added around text, the mask is never the
+padding. The original files (tokenizer.model, vocab.json, ...) are copied too: from-hf takes them back unchanged.
+"""
+
+import base64
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+"""SentencePiece's types of pieces."""
+UNIGRAM, BPE = 1, 2
+SPACE = "\u2581"
+NEVER = -1e6
+"""Score of pieces that no text may produce."""
+
+
+class TokenizerLike(Protocol):
+    """What is needed of a tokenizer (data.tokenizer.Tokenizer has it)."""
+
+    kind: str
+    vocab_size: int
+    mask_token_id: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    special_text: dict[int, str]
+    files: tuple[Path, ...]
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Names of the files that save writes."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the original files."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """What was written: the kind, and the special ids as config.json wants them."""
+
+    kind: str
+    ids: dict[str, int]
+
+
+def export_tokenizer(tokenizer: TokenizerLike, folder: Path, vocab_size: int, mask_token_id: int) -> TokenizerReport:
+    """Write tokenizer.json and its configuration beside the original files.
+
+    Raises:
+        ValueError: the tokenizer is not the one the model was trained with, or cannot be represented.
+    """
+    if (tokenizer.vocab_size, tokenizer.mask_token_id) != (vocab_size, mask_token_id):
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids with mask {tokenizer.mask_token_id}, the model "
+            f"{vocab_size} with mask {mask_token_id}; give the tokenizer the model was trained with"
+        )
+    tokenizer.save(folder)
+    build = {"sentencepiece": _sentencepiece, "gpt2": _gpt2, "bert": _bert, "hugging_face": _hugging_face}
+    content = build[tokenizer.kind](folder)
+    special = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "mask")}
+    text = {**tokenizer.special_text, **{i: _written(content, i) for i in special.values() if _written(content, i)}}
+    content["added_tokens"] = _added(content, {i: text[i] for i in (*tokenizer.special_text, *special.values())})
+    _write(folder / "tokenizer.json", content)
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": int(1e30),
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "padding_side": "right",
+        "added_tokens_decoder": {
+            str(token["id"]): {name: value for name, value in token.items() if name != "id"}
+            for token in content["added_tokens"]
+        },
+    }
+    roles = {f"{role}_token": text[token] for role, token in special.items()}
+    unknown = content["model"].get("unk_token")
+    if unknown is not None:
+        roles["unk_token"] = unknown
+    _write(folder / "tokenizer_config.json", settings | roles)
+    _write(folder / "special_tokens_map.json", roles)
+    return TokenizerReport(tokenizer.kind, {f"{role}_token_id": token for role, token in special.items()})
+
+
+def original_files(folder: Path) -> list[Path]:
+    """The tokenizer files of an export or a Hugging Face folder from which our own tokenizer can be made again."""
+    models = sorted(folder.glob("*.model"))
+    if len(models) == 1:
+        return models
+    for names in (("vocab.json", "merges.txt"), ("vocab.txt",)):
+        if all((folder / name).is_file() for name in names):
+            return [folder / name for name in names]
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    return [folder / name for name in names if (folder / name).is_file()] if (folder / names[0]).is_file() else []
+
+
+def copy_tokenizer(source: Path, folder: Path) -> bool:
+    """Copy a Hugging Face folder's tokenizer for our own use; False when it has none."""
+    files = original_files(source)
+    if files:
+        folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return bool(files)
+
+
+# ---- the kinds -----------------------------------------------------------------------------------------------------
+
+
+def _template(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    return {"version": "1.0", **empty, "added_tokens": [], "model": model, **parts}
+
+
+def _gpt2(folder: Path) -> dict[str, Any]:
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return _template(_bpe(vocab, merges, byte_fallback=False), pre_tokenizer=level, decoder=level)
+
+
+def _bpe(vocab: dict[str, int], merges: list[Any], byte_fallback: bool) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": byte_fallback,
+        "vocab": vocab,
+        "merges": merges,
+    }
+
+
+def _bert(folder: Path) -> dict[str, Any]:
+    pieces = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    is_cased = any(
+        len(p) > 1 and p[0].isascii() and p[0].isupper() and p[1:].isalpha() and p[1:].islower() for p in pieces
+    )
+    model = {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+        "vocab": {piece: i for i, piece in enumerate(pieces)},
+    }
+    normalizer = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": None,
+        "lowercase": not is_cased,
+    }
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    return _template(model, normalizer=normalizer, pre_tokenizer={"type": "BertPreTokenizer"}, decoder=decoder)
+
+
+def _hugging_face(folder: Path) -> dict[str, Any]:
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    return content | {"truncation": None, "padding": None, "post_processor": None}
+
+
+def _sentencepiece(folder: Path) -> dict[str, Any]:
+    """A SentencePiece model; its U+2581 is written as the space it stands for, so a literal U+2581 stays apart."""
+    spec = read_sentencepiece(folder / "tokenizer.model")
+    names = [piece.replace(SPACE, " ") if kind in (NORMAL, USER_DEFINED) else piece for piece, _, kind in spec.pieces]
+    if spec.model_type == BPE:
+        model = _bpe({name: i for i, name in enumerate(names)}, _merges(names, spec), spec.byte_fallback)
+        if not spec.byte_fallback:
+            model |= {"unk_token": _unknown_piece(spec), "fuse_unk": True}
+    elif spec.model_type == UNIGRAM:
+        scores = [score if kind in (NORMAL, USER_DEFINED) else NEVER for _, score, kind in spec.pieces]
+        unknown = names.index(_unknown_piece(spec))
+        model = {
+            "type": "Unigram",
+            "unk_id": unknown,
+            "vocab": [list(pair) for pair in zip(names, scores, strict=True)],
+            "byte_fallback": spec.byte_fallback,
+        }
+    else:
+        raise ValueError(
+            f"tokenizer.model: type {spec.model_type} (word or char) has no counterpart; train bpe or unigram"
+        )
+    decoders: list[dict[str, Any]] = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps: list[dict[str, Any]] = []
+    if spec.character_map:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec.character_map).decode()})
+    if spec.removes_spaces:
+        steps += [{"type": "Strip", "strip_left": True, "strip_right": True}, _replace({"Regex": " {2,}"}, " ")]
+    if spec.adds_prefix:
+        steps.append({"type": "Prepend", "prepend": " "})
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    symbols = [
+        _token(i, names[i], special=False)
+        for i, (_, _, kind) in enumerate(spec.pieces)
+        if kind == USER_DEFINED and (len(names[i]) > 1 or spec.model_type == UNIGRAM)
+    ]
+    content = _template(model, decoder={"type": "Sequence", "decoders": decoders}, added_tokens=symbols)
+    if steps:
+        content["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    return content
+
+
+def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def _unknown_piece(spec: "SentencePieceModel") -> str:
+    return next(piece for piece, _, kind in spec.pieces if kind == UNKNOWN)
+
+
+def _merges(names: list[str], spec: "SentencePieceModel") -> list[list[str]]:
+    """The merges a SentencePiece BPE model implies: every way to make a piece of two, best pieces first."""
+    score = {name: s for name, (_, s, kind) in zip(names, spec.pieces, strict=True) if kind == NORMAL}
+    found = [
+        (-merged, cut, name)
+        for name, merged in score.items()
+        for cut in range(1, len(name))
+        if name[:cut] in score and name[cut:] in score
+    ]
+    return [[name[:cut], name[cut:]] for _, cut, name in sorted(found)]
+
+
+# ---- added tokens --------------------------------------------------------------------------------------------------
+
+
+def _token(token_id: int, text: str, special: bool) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+    return {"id": token_id, "content": text, **flags}
+
+
+def _written(content: dict[str, Any], token_id: int) -> str | None:
+    """How an added token of an existing tokenizer.json is written."""
+    return next((token["content"] for token in content["added_tokens"] if token["id"] == token_id), None)
+
+
+def _added(content: dict[str, Any], special: dict[int, str]) -> list[dict[str, Any]]:
+    kept = {token["id"]: token for token in content["added_tokens"]}
+    kept |= {token_id: _token(token_id, text, special=True) for token_id, text in special.items()}
+    return [kept[token_id] for token_id in sorted(kept)]
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- SentencePiece's file (a protocol buffer), read without its library --------------------------------------------
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """What a .model file says.
+
+    Attributes:
+        pieces: (text, score, type) by id.
+        model_type: UNIGRAM, BPE, ...
+        character_map: the normaliser's compiled rules, empty for identity.
+    """
+
+    pieces: list[tuple[str, float, int]]
+    model_type: int
+    byte_fallback: bool
+    character_map: bytes
+    adds_prefix: bool
+    removes_spaces: bool
+
+
+def read_sentencepiece(path: Path) -> SentencePieceModel:
+    """Parse a SentencePiece model file; ValueError when it is none."""
+    try:
+        fields = list(_fields(path.read_bytes()))
+        pieces = []
+        for record in (value for number, value in fields if number == 1):
+            piece = dict(_fields(record))
+            score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
+            pieces.append((piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
+        trainer = dict(_fields(next((value for number, value in fields if number == 2), b"")))
+        normalizer = dict(_fields(next((value for number, value in fields if number == 3), b"")))
+    except (KeyError, IndexError, TypeError, UnicodeDecodeError, struct.error, ValueError) as error:
+        raise ValueError(f"{path}: not a SentencePiece model ({error})") from error
+    return SentencePieceModel(
+        pieces=pieces,
+        model_type=trainer.get(3, UNIGRAM),
+        byte_fallback=bool(trainer.get(35, 0)),
+        character_map=normalizer.get(2, b""),
+        adds_prefix=bool(normalizer.get(3, 1)),
+        removes_spaces=bool(normalizer.get(4, 1)),
+    )
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) pairs of a protocol buffer message: integers, or bytes."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, position = _varint(data, position)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+            value, position = data[position : position + size], position + size
+        elif wire == 2:
+            size, position = _varint(data, position)
+            value, position = data[position : position + size], position + size
+        else:
+            raise ValueError(f"wire type {wire}")
+        yield number, value
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, position
