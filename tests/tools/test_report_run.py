@@ -1,0 +1,77 @@
+"""Reports: what they show comes from the last attempt at each step, and pages stand alone."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bd3lm_scale.config_load import load_config, to_yaml
+from bd3lm_scale.runtime.metrics import MetricsWriter
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "report_run.py"
+
+
+def write_run(folder: Path, with_validation: bool = True) -> None:
+    """Two attempts: the second repeats steps 6-8 with other losses."""
+    for attempt, steps in (("0.0", range(1, 9)), ("0.1", range(6, 13))):
+        writer = MetricsWriter(folder, attempt=attempt)
+        for step in steps:
+            time.sleep(0.002)  # lines are stamped in milliseconds
+            loss = 9.0 if attempt == "0.0" and step > 5 else 4.0
+            writer.write(
+                "train", step, loss=loss, grad_norm=0.5, lr=1e-3, tokens=step * 100, clip_low=0.1, clip_high=0.9
+            )
+            if with_validation and step % 4 == 0:
+                table = [[0.001, 1.0, 5.0], [0.45, 0.95, 2.0]]
+                writer.write("validation", step, nelbo=3.5, ppl=33.1, stderr=0.02, variance=table)
+        writer.write("straggler", 7, rank=3)
+        writer.close()
+
+
+def report(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_report_is_one_page_that_stands_alone(tmp_path):
+    run = tmp_path / "run"
+    write_run(run)
+    (run / "config.yaml").write_text(to_yaml(load_config(ROOT / "configs" / "demo.yaml")))
+    (run / "samples").mkdir()
+    (run / "samples" / "a.txt").write_text("def f(x):\n    return x < 1\n")
+    done = report(run)
+    assert done.returncode == 0, done.stderr
+    page = Path(done.stdout.strip())
+    assert page == run / "report" / "index.html"
+    text = page.read_text()
+    drawn = {"loss", "validation", "variance", "clip", "speed", "optimizer", "restarts"}
+    assert {path.stem for path in page.parent.glob("*.png")} == drawn
+    assert text.count("data:image/png;base64,") == len(drawn)
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", text), "nothing is loaded from elsewhere"
+    assert "return x &lt; 1" in text
+    for words in ("4.0000", "33.10", "3.5000 ± 0.0200", "1, 3 steps computed twice", "straggler lines", "blocks of 16"):
+        assert words in text, words
+    assert "9.0000" not in text, "an attempt that was repeated does not count"
+
+
+def test_report_of_a_run_without_validation_or_config(tmp_path):
+    write_run(tmp_path / "run", with_validation=False)
+    done = report(tmp_path / "run", "--output", tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "elsewhere" / "index.html").is_file()
+    assert not (tmp_path / "elsewhere" / "validation.png").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "not json\n"])
+def test_a_folder_without_figures_is_one_clear_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    done = report(tmp_path)
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr
+    assert "use " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "report").exists()
