@@ -16,9 +16,11 @@ from pathlib import Path
 
 from bd3lm_scale.config import ConfigError, RunConfig
 from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config_summary import GPT2_VOCAB_SIZE
 
 sys.path.insert(0, str(Path(__file__).parent))
 import report_figures as figures_of
+from plan_run import GPUS, flops_per_token
 from report_data import RunData, read_run
 
 STYLE = """
@@ -68,8 +70,15 @@ def headline(run: RunData, config: RunConfig | None) -> list[tuple[str, str]]:
     return rows
 
 
-def write_report(run_dir: Path, output: Path) -> Path:
-    """Write the page and its figures; returns the page's path.
+def mfu(run: RunData, config: RunConfig, gpu: str, gpus: int) -> float:
+    """Share of the GPUs' peak spent on the model's own FLOPs, at the median speed."""
+    vocab_size = config.model.vocab_size or GPT2_VOCAB_SIZE
+    peak = GPUS[gpu].fp32 if config.precision == "fp32" else GPUS[gpu].bf16
+    return sorted(run.speed)[len(run.speed) // 2] * flops_per_token(config, vocab_size) / (gpus * peak)
+
+
+def write_report(run_dir: Path, output: Path, gpu: str | None = None, gpus: int = 1) -> Path:
+    """Write the page and its figures; returns the page's path. With a kind of GPU and their number: MFU too.
 
     Raises:
         ValueError: if the folder holds no metrics.
@@ -79,7 +88,10 @@ def write_report(run_dir: Path, output: Path) -> Path:
     if (run_dir / "config.yaml").is_file():
         config = load_config(run_dir / "config.yaml")
     output.mkdir(parents=True, exist_ok=True)
-    body = [f"<h1>{html.escape(run_dir.resolve().name)}</h1>", _table(headline(run, config))]
+    figures = headline(run, config)
+    if gpu is not None and config is not None and run.speed:
+        figures.append((f"MFU on {gpus} {gpu}", f"{mfu(run, config, gpu, gpus):.1%}"))
+    body = [f"<h1>{html.escape(run_dir.resolve().name)}</h1>", _table(figures)]
     for name, title, draw in FIGURES:
         figure = draw(run)
         if figure is None:
@@ -112,10 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--output", type=Path, help="where to write (default: RUN/report)")
+    parser.add_argument("--gpu", choices=sorted(GPUS), help="the kind of GPU it ran on, to show the MFU")
+    parser.add_argument("--gpus", type=int, default=1, help="how many of them")
     parser.add_argument("--paper-tables", action="store_true", help="the paper's tables 3-8 for several runs")
     args = parser.parse_args(arguments)
     try:
-        page = write_report(args.run, args.output or args.run / "report")
+        page = write_report(args.run, args.output or args.run / "report", args.gpu, args.gpus)
     except (ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -42,7 +42,7 @@ def test_report_is_one_page_that_stands_alone(tmp_path):
     (run / "config.yaml").write_text(to_yaml(load_config(ROOT / "configs" / "demo.yaml")))
     (run / "samples").mkdir()
     (run / "samples" / "a.txt").write_text("def f(x):\n    return x < 1\n")
-    done = report(run)
+    done = report(run, "--gpu", "h100", "--gpus", 2)
     assert done.returncode == 0, done.stderr
     page = Path(done.stdout.strip())
     assert page == run / "report" / "index.html"
@@ -52,7 +52,15 @@ def test_report_is_one_page_that_stands_alone(tmp_path):
     assert text.count("data:image/png;base64,") == len(drawn)
     assert not re.findall(r"(?:src|href)=\"(?!data:)", text), "nothing is loaded from elsewhere"
     assert "return x &lt; 1" in text
-    for words in ("4.0000", "33.10", "3.5000 ± 0.0200", "1, 3 steps computed twice", "straggler lines", "blocks of 16"):
+    for words in (
+        "4.0000",
+        "33.10",
+        "3.5000 ± 0.0200",
+        "1, 3 steps computed twice",
+        "straggler lines",
+        "MFU on 2 h100",
+        "blocks of 16",
+    ):
         assert words in text, words
     assert "9.0000" not in text, "an attempt that was repeated does not count"
 
