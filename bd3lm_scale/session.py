@@ -1,0 +1,273 @@
+"""A training run at work: its parts, its place in the data, its checkpoints. train.py drives it.
+
+open_session -> parts built, newest valid checkpoint restored -> step, validate, save ... -> close
+"""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
+from bd3lm_scale.checkpoint.state import CheckpointError
+from bd3lm_scale.checkpoint.store import CheckpointStore
+from bd3lm_scale.config import ConfigError, RunConfig
+from bd3lm_scale.config_load import to_dict, to_yaml
+from bd3lm_scale.config_resume import resume_differences
+from bd3lm_scale.data.batches import BadShardError, BatchPlan, BatchReader
+from bd3lm_scale.data.stream import RowStream
+from bd3lm_scale.diffusion.clip_search import choose_interval, variance_table
+from bd3lm_scale.engine import Engine, build_engine, sum_over_ranks
+from bd3lm_scale.optim.zero import ZeroOptimizer
+from bd3lm_scale.parallel.mesh import Mesh, new_host_group
+from bd3lm_scale.runtime.anomaly import AnomalyPolicy
+from bd3lm_scale.runtime.log import get_logger
+from bd3lm_scale.validation import Validation
+from bd3lm_scale.values import Cursor, Rows
+
+log = get_logger(__name__)
+
+VERSIONS = ("torch", "megatron-core", "deepspeed", "numpy")
+
+
+@dataclass
+class Session:
+    """The parts and the state of a run on this rank.
+
+    Attributes:
+        config: of the run.
+        engine: model, optimizer and place.
+        stream: the training rows; its tokenizer is the run's.
+        batches: this rank's micro-batches, read ahead.
+        store: the run's checkpoints.
+        policy: what to do with bad steps.
+        cursor: where training stands in the data; cursor.step is the number of steps done.
+        interval: clip interval in force.
+        validations: how many validations there were (the clip search counts them).
+        resumed_from: the checkpoint this attempt started from, if any.
+    """
+
+    config: RunConfig
+    engine: Engine
+    stream: RowStream
+    batches: BatchReader
+    store: CheckpointStore
+    policy: AnomalyPolicy
+    cursor: Cursor
+    interval: tuple[float, float]
+    validations: int = 0
+    resumed_from: Path | None = None
+
+    @property
+    def optimizer(self) -> ZeroOptimizer:
+        """The engine's optimizer (training always has one)."""
+        assert self.engine.optimizer is not None
+        return self.engine.optimizer
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.cursor.step
+
+    def agree(self, wants_stop: bool) -> tuple[bool, list[Rows] | None]:
+        """Whether any rank wants to stop, else the next micro-batches; shards found bad are left out by all ranks.
+
+        One small exchange per step, so that all ranks stop, or exclude a shard, after the same step.
+        """
+        while True:
+            rows, bad_shard = None, None
+            if not wants_stop:
+                try:
+                    rows = next(self.batches)
+                except BadShardError as error:
+                    if self.config.data.on_bad_shard != "skip":
+                        raise
+                    bad_shard = error.shard
+            _, (stops, bad) = sum_over_ranks(self.engine, [], [int(wants_stop), int(bad_shard is not None)])
+            if stops:
+                return True, None
+            if not bad:
+                return False, rows
+            names = sorted({name for name in self._gather(bad_shard) if name})
+            log.warning("leaving out damaged shards from step %d on: %s", self.step, ", ".join(names))
+            excluded = tuple(sorted({*self.cursor.excluded_shards, *names}))
+            self.seek(replace(self.cursor, excluded_shards=excluded))
+
+    def seek(self, cursor: Cursor) -> None:
+        """Continue at another place in the data."""
+        self.cursor = cursor
+        self.batches.seek(cursor)
+
+    def advance(self) -> None:
+        """A step is done."""
+        self.cursor = replace(self.cursor, step=self.cursor.step + 1)
+
+    def search_clip_interval(self, validation: Validation) -> dict[tuple[float, float], float]:
+        """The variance of every candidate interval; the best is used for training from now on, if so configured."""
+        search, self.validations = self.config.diffusion.clip_search, self.validations + 1
+        is_due = search.enabled and self.config.diffusion.objective == "bd3lm"
+        if not is_due or self.validations % search.every_validations:
+            return {}
+        size = self.config.diffusion.block_size
+        table = variance_table(validation.moments, search.widths, search.step, size, self.interval)
+        best = choose_interval(table, self.interval)
+        if search.apply and best != self.interval:
+            log.info("clip interval U[%g, %g] -> U[%g, %g]", *self.interval, *best)
+            self.interval = best
+        return table
+
+    def save(self) -> None:
+        """Save a checkpoint of the steps done."""
+        self.store.save(self.step, self.optimizer.slices(), self._meta())
+
+    def roll_back(self) -> None:
+        """Return to the newest checkpoint and move the data past the stretch since then."""
+        failed = self.step
+        self.store.wait()
+        reader = self.store.newest()
+        if reader is None:
+            raise CheckpointError(f"{self.store.folder} has no checkpoint to roll back to; use runtime.on_nan=skip")
+        restore(self, reader)
+        skipped = (failed + 1 - self.step) * self.config.train.global_batch_size
+        log.warning("rolled back from step %d to %d; %d rows are left out", failed, self.step, skipped)
+        self.seek(replace(self.cursor, data_offset=self.cursor.data_offset + skipped))
+
+    def close(self) -> None:
+        """Finish the save in flight and stop reading."""
+        self.store.wait()
+        self.batches.close()
+
+    def _meta(self) -> dict[str, Any]:
+        mesh = self.engine.mesh
+        return {
+            "tokens": self.step * self.config.train.global_batch_size * self.config.data.context_length,
+            "optimizer_step": self.optimizer.updates,
+            "cursor": asdict(self.cursor),
+            "clip": {"low": self.interval[0], "high": self.interval[1], "validations": self.validations},
+            "policy": self.policy.state(),
+            "config": to_dict(self.config),
+            "layout": {
+                "tensor": mesh.tensor_size,
+                "pipeline": mesh.pipeline_size,
+                "data": mesh.data_size,
+                "zero_stage": self.config.optim.zero_stage,
+            },
+            "vocab_size": self.stream.vocab_size,
+            "mask_token_id": self.stream.mask_token_id,
+            "tokenizer_hash": self.stream.tokenizer_hash,
+            "versions": {name: version(name) for name in VERSIONS},
+        }
+
+    def _gather(self, name: str | None) -> list[str | None]:
+        group = self.engine.host_group
+        if group is None:
+            return [name]
+        names: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(names, name, group=group)
+        return names
+
+
+def open_session(
+    config: RunConfig,
+    mesh: Mesh,
+    stream: RowStream,
+    host_group: dist.ProcessGroup | None = None,
+    fresh: bool = False,
+    step: int | None = None,
+) -> Session:
+    """Build the parts and restore the newest valid checkpoint of run_dir, or init_from, or start at random weights.
+
+    Args:
+        config: checked against world size and vocabulary.
+        mesh: this rank's place.
+        stream: the training rows.
+        host_group: gloo group over all ranks.
+        fresh: refuse if run_dir holds a checkpoint.
+        step: resume from this step's checkpoint instead of the newest.
+
+    Raises:
+        ConfigError: the checkpoint was trained with another configuration, or `fresh` is refused.
+        CheckpointError: no usable checkpoint where there should be one.
+    """
+    engine = build_engine(config, mesh, stream.vocab_size, stream.mask_token_id, host_group)
+    store = CheckpointStore(
+        Path(config.run_dir) / "checkpoints", config.checkpoint, mesh.rank, mesh.world_size, new_host_group()
+    )
+    plan = BatchPlan(config.train.global_batch_size, config.train.micro_batch_size, mesh.data_rank, mesh.data_size)
+    reader = store.newest(step)
+    if reader is not None:
+        _refuse_differences(reader, config, stream, fresh)
+    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps)
+    interval = (max(config.diffusion.clip_low, config.diffusion.time_epsilon), config.diffusion.clip_high)
+    session = Session(config, engine, stream, batches, store, AnomalyPolicy(config.runtime), Cursor(), interval)
+    if reader is not None:
+        restore(session, reader)
+        session.resumed_from = reader.path
+        log.info("resumed %s (step %d, saved as %s)", reader.path, session.step, reader.meta.get("layout"))
+    elif config.train.init_from:
+        start_from(session, config.train.init_from, config.train.init_weights)
+    if mesh.reports:
+        write_run_folder(config, stream)
+    return session
+
+
+def restore(session: Session, reader: CheckpointReader) -> None:
+    """Take up weights, optimizer state, place in the data and clip interval of a checkpoint, whatever its layout."""
+    meta = reader.meta
+    if meta.get("contents") != "full":
+        raise CheckpointError(
+            f"{reader.path} holds weights only and cannot be resumed; use train.init_from={reader.path}"
+        )
+    reader.fill(session.optimizer.slices())
+    session.optimizer.restored(meta["optimizer_step"])
+    saved = meta["cursor"]
+    session.seek(Cursor(meta["step"], saved["data_offset"], tuple(saved["excluded_shards"])))
+    session.interval = (meta["clip"]["low"], meta["clip"]["high"])
+    session.validations = meta["clip"]["validations"]
+    session.policy.restore(meta["policy"])
+
+
+def start_from(session: Session, source: str, weights: str) -> None:
+    """Begin a new run at the weights of another: optimizer and step fresh, the average starting at those weights."""
+    reader = open_checkpoint(find_checkpoint(source))
+    kind = "ema" if weights == "ema" and "ema" in reader.kinds() else "master"
+    reader.fill(session.optimizer.slices(), {"master": kind})
+    session.optimizer.restored(0)
+    session.optimizer.reset_ema()
+    log.info("started from the %s weights of %s (step %s)", kind, reader.path, reader.meta.get("step"))
+
+
+def write_run_folder(config: RunConfig, stream: RowStream) -> None:
+    """Keep the resolved configuration and the tokenizer in the run folder (rank 0)."""
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    if not (folder / "tokenizer").exists():
+        temporary = folder / ".tokenizer"
+        shutil.copytree(stream.tokenizer_path, temporary, dirs_exist_ok=True)
+        temporary.rename(folder / "tokenizer")
+
+
+def _refuse_differences(reader: CheckpointReader, config: RunConfig, stream: RowStream, fresh: bool) -> None:
+    if fresh:
+        raise ConfigError(
+            [f"run_dir ({config.run_dir}): holds {reader.path.name}; use another run_dir, or drop --fresh"]
+        )
+    found = resume_differences(reader.meta["config"], config)
+    if reader.meta.get("tokenizer_hash") != stream.tokenizer_hash:
+        found.append(
+            f"data.path ({config.data.path}): its tokenizer is not the one {reader.path.name} was trained with; "
+            "use the same shards, or another run_dir"
+        )
+    if found:
+        raise ConfigError(found, source=f"resuming {reader.path}")
+
+
+def set_threads(config: RunConfig, device: torch.device) -> None:
+    """CPU threads per rank: one keeps runs comparable and ranks out of each other's way."""
+    if device.type == "cpu" and config.train.threads > 0:
+        torch.set_num_threads(config.train.threads)

@@ -1,0 +1,131 @@
+"""Held-out rows -> NELBO, perplexity and the moments of the loss over time; in any layout, any batch size.
+
+Shapes: B rows in a micro-batch, J noise draws.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bd3lm_scale.config import RunConfig
+from bd3lm_scale.data.batches import BatchPlan
+from bd3lm_scale.data.stream import RowStream
+from bd3lm_scale.diffusion.clip_search import TimeMoments
+from bd3lm_scale.diffusion.likelihood import Likelihood, LikelihoodSums
+from bd3lm_scale.diffusion.loss import row_losses
+from bd3lm_scale.diffusion.noising import noise_rows_for_evaluation
+from bd3lm_scale.engine import Engine, run_pass, sum_over_ranks
+from bd3lm_scale.values import LossSum, NoisyRows, Rows
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What held-out text says of the model.
+
+    Attributes:
+        likelihood: NELBO, PPL, bits per token, standard errors.
+        moments: moments of the block loss in bins of time, over all ranks, for the clip search.
+    """
+
+    likelihood: Likelihood
+    moments: TimeMoments
+
+
+def validate(
+    engine: Engine,
+    config: RunConfig,
+    stream: RowStream,
+    *,
+    rows: int | None = None,
+    draws: int = 1,
+    micro_batch_size: int | None = None,
+    use_ema: bool = False,
+    num_bytes: int | None = None,
+    beat: Callable[[int], None] = lambda done: None,
+) -> Validation:
+    """Estimate the likelihood of the first `rows` validation rows (all by default). Collective.
+
+    Noise is keyed by (seed, draw, row), so the figures do not depend on batch size or number of ranks.
+
+    Args:
+        engine: the parts; with an optimizer, `use_ema` evaluates the averaged weights.
+        config: of the run.
+        stream: the validation split.
+        rows: how many rows; None: all.
+        draws: noise draws per row.
+        micro_batch_size: rows per rank and pass.
+        use_ema: swap the averaged weights in (training only; otherwise the engine holds what was loaded).
+        num_bytes: size of the text, for bits per byte.
+        beat: told the number of rows done so far.
+    """
+    num_rows = stream.num_rows if rows is None else min(rows, stream.num_rows)
+    if num_rows == 0:
+        raise ValueError("evaluation.rows (0): there is no validation row to score; prepare a validation split")
+    sums, moments = LikelihoodSums.empty(), TimeMoments(config.diffusion.time_epsilon)
+    plan = BatchPlan(
+        num_rows,
+        micro_batch_size or config.evaluation.micro_batch_size or config.train.micro_batch_size,
+        engine.mesh.data_rank,
+        engine.mesh.data_size,
+    )
+    _set_mode(engine, training=False)
+    with engine.optimizer.ema_weights() if use_ema and engine.optimizer else nullcontext():
+        for group in _groups(plan, stream, engine.mesh.pipeline_size):
+            noisy_by_draw = [[_noise(r, engine, config, draw, num_rows) for r in group] for draw in range(draws)]
+            losses_by_draw = [run_pass(engine, noisy) for noisy in noisy_by_draw]
+            if engine.reports_loss:
+                sums = sums + _likelihood_sums(noisy_by_draw, losses_by_draw, engine)
+                for noisy, losses in zip(noisy_by_draw, losses_by_draw, strict=True):
+                    for n, loss in zip(noisy, losses, strict=True):
+                        moments.accumulate(n.time_BN, loss.block_loss_BN, n.is_real_B)
+            beat(min(num_rows, int(group[-1].position_B[-1]) + 1))
+    _set_mode(engine, training=True)
+    return _reduce(engine, sums, moments, num_bytes)
+
+
+def _set_mode(engine: Engine, training: bool) -> None:
+    if engine.optimizer is not None:
+        engine.optimizer.train(training)
+    else:
+        for chunk in engine.chunks:
+            chunk.eval()
+
+
+def _noise(rows: Rows, engine: Engine, config: RunConfig, draw: int, num_rows: int) -> NoisyRows:
+    return noise_rows_for_evaluation(rows, engine.process, seed=config.seed, draw=draw, num_rows=num_rows)
+
+
+def _groups(plan: BatchPlan, stream: RowStream, pipeline_size: int) -> Iterator[list[Rows]]:
+    """Micro-batches in groups that keep the pipeline busy; interleaving wants multiples of the pipeline size."""
+    size = 4 * pipeline_size if pipeline_size > 1 else 1
+    for first in range(0, plan.num_micro_batches, size):
+        count = min(size, -(-(plan.num_micro_batches - first) // pipeline_size) * pipeline_size)
+        yield [_read(plan.positions(first + i), plan.global_batch_size, stream) for i in range(count)]
+
+
+def _read(position: np.ndarray, num_rows: int, stream: RowStream) -> Rows:
+    is_real = position < num_rows
+    tokens = stream.read(np.where(is_real, position, 0))
+    return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real))
+
+
+def _likelihood_sums(
+    noisy_by_draw: list[list[NoisyRows]], losses_by_draw: list[list[LossSum]], engine: Engine
+) -> LikelihoodSums:
+    sums = LikelihoodSums.empty()
+    for index, noisy in enumerate(noisy_by_draw[0]):
+        loss_BJ = torch.stack([row_losses(losses[index], engine.process) for losses in losses_by_draw], dim=1).cpu()
+        is_real_B = noisy.is_real_B
+        sums = sums + LikelihoodSums.of_rows(loss_BJ[is_real_B], noisy.counts_BL.sum(1)[is_real_B])
+    return sums
+
+
+def _reduce(engine: Engine, sums: LikelihoodSums, moments: TimeMoments, num_bytes: int | None) -> Validation:
+    first = sums.as_tensor()
+    figures, _ = sum_over_ranks(engine, torch.cat([first, moments.as_tensor().flatten()]).tolist(), [])
+    total = torch.tensor(figures, dtype=torch.float64)
+    all_moments = TimeMoments.from_tensor(total[len(first) :].reshape(moments.sums.shape), moments.epsilon)
+    return Validation(LikelihoodSums(total[: len(first)]).estimate(num_bytes), all_moments)
