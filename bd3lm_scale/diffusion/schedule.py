@@ -1,7 +1,7 @@
 """Noise schedules: how likely a token is masked at time t, and the loss weight that this implies.
 
 The evidence bound in continuous time is NELBO = E_t [ p'(t)/p(t) * sum of nll over masked tokens ], with p the
-mask rate (paper, Eqs. 5-8, where 1 - p is called alpha). Each schedule gives p and its exact weight p'/p; both are
+mask rate (paper, Section 3.1, where 1 - p is called alpha). Each schedule gives p and its exact weight p'/p; both are
 float64 in and out, of any shape. Substituting p for t shows that the bound is the same for every schedule
 that covers the same mask rates: schedules differ in variance only.
 """

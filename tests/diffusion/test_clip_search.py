@@ -21,7 +21,7 @@ from bd3lm_scale.diffusion.clip_search import (
 )
 from bd3lm_scale.diffusion.loss import normaliser, score_rows
 from bd3lm_scale.diffusion.noising import given_noise, make_process, noise_rows, noise_rows_for_evaluation
-from bd3lm_scale.diffusion.variance import spread
+from bd3lm_scale.diffusion.variance import GradientMoments, spread
 from bd3lm_scale.values import LossSum, NoisyRows, Rows
 from tests.diffusion.heads import head_of
 from tests.plain_dit import PlainDiT, random_parameters
@@ -171,6 +171,24 @@ def test_closed_form_chooses_the_exact_minimum(measured):
     brute_choice = min(brute, key=lambda i: brute[i])
     error = truth[brute_choice].error(BRUTE_DRAWS * ROWS * 4)
     assert abs(brute[brute_choice] - moments.variance(chosen)) < 4 * error
+
+
+def test_clipping_lowers_the_variance_of_the_gradient_too(trained, measured):
+    """What the search is for: at the chosen interval the gradient of a fixed batch spreads less over noise draws."""
+    moments = measured[0]
+    chosen = choose_interval(variance_table(moments, GRID.widths, GRID.step, 4), (EPSILON, 1.0))
+    process, rows = process_for(4), text(32, 5)
+    parameters = {n: p.clone().requires_grad_() for n, p in trained.parameters.items()}
+    model = PlainDiT(parameters, num_heads=2)
+    results = []
+    for interval in ((EPSILON, 1.0), chosen):
+        gradients = GradientMoments()
+        for draw in range(60):
+            noisy = noise_rows(rows, process, seed=4, step=draw, global_batch_size=32, interval=interval)
+            loss = score(model, noisy, process).weighted_nll / normaliser(process, 32)
+            gradients.add(torch.autograd.grad(loss, list(parameters.values())))
+        results.append(gradients.result().variance)
+    assert results[1] < 0.8 * results[0]
 
 
 def test_candidates_are_the_published_grid():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,6 +191,19 @@ def test_resample_keeps_the_masked_share_inside_the_interval():
         assert set(counts.unique().tolist()) == allowed
         again = noise(cut(rows, 100, 103), length_process, gbs=512, interval=low_high)
         assert torch.equal(again.input_BP, noisy.input_BP[100:103])
+
+
+@pytest.mark.parametrize(
+    ("resample", "percent"), [(False, (2.0, 10.2, 23.7, 33.8, 30.2)), (True, (0.0, 0.0, 38.1, 61.9, 0.0))]
+)
+def test_resample_changes_how_many_tokens_are_masked(resample, percent):
+    """The shares of docs/method.md for blocks of 4 under U[0.45, 0.95]."""
+    noisy = noise(text(2048), process_for(resample=resample, ignore_bos=False), gbs=2048, interval=(0.45, 0.95))
+    counts = noisy.is_scored_BL.reshape(-1, 4).sum(1)
+    share = torch.bincount(counts, minlength=5) / len(counts) * 100
+    torch.testing.assert_close(share, torch.tensor(percent), rtol=0, atol=1.2)
+    documented = Path(__file__).parents[2].joinpath("docs", "method.md").read_text()
+    assert " | ".join(f"{p:.1f}" for p in percent) in documented
 
 
 def test_resample_that_can_never_succeed_is_refused():
