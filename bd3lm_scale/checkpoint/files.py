@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,22 @@ def _header(boxes: list[StoredBox]) -> tuple[bytes, list[StoredBox]]:
     return header, placed
 
 
-def file_problem(path: Path, size_bytes: int, sha256: str | None) -> str | None:
-    """Why the file is not what the manifest says (None: it is). Without sha256 only its size is looked at."""
+def file_problem(
+    path: Path, size_bytes: int, sha256: str | None, progress: Callable[[int], object] | None = None
+) -> str | None:
+    """Why the file is not what the manifest says (None: it is).
+
+    Args:
+        path: the file.
+        size_bytes: its size in the manifest.
+        sha256: its checksum there; None compares only the size.
+        progress: called with the number of bytes read since the last call.
+    """
     try:
         size = path.stat().st_size
         if size != size_bytes:
             return f"{path.name} has {size:,} bytes, the manifest says {size_bytes:,}"
-        if sha256 is None:
-            return None
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
+        found = sha256 if sha256 is None else _hash(path, progress)
     except FileNotFoundError:
         return f"{path.name} is missing"
     except OSError as error:
@@ -122,10 +128,13 @@ def file_problem(path: Path, size_bytes: int, sha256: str | None) -> str | None:
     return None if found == sha256 else f"{path.name} does not have the SHA-256 of the manifest"
 
 
-def _hash(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(CHUNK_BYTES):
-        digest.update(chunk)
+def _hash(path: Path, progress: Callable[[int], object] | None) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if progress is not None:
+                progress(count)
     return digest.hexdigest()
 
 

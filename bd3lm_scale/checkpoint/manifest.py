@@ -64,7 +64,8 @@ def write_text(meta: dict[str, Any], files: Iterable[DataFile]) -> str:
         },
     }
     content["sha256"] = _digest(content)
-    return json.dumps(content, indent=None, separators=(",", ":")) + "\n"
+    # no newline at the end: every byte of the file counts
+    return json.dumps(content, separators=(",", ":"))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -79,7 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: not a finished checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of a {FORMAT}")
@@ -91,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
         return _parse(content)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{path} is malformed: {type(error).__name__} {error}") from error
 
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -20,6 +20,7 @@ MAX_OPEN_FILES = 64
 # Reading whole rows and cutting them is faster than one read per row while a row's part is smaller than this.
 SEPARATE_READ_BYTES = 64 * 1024
 ROWS_READ_BYTES = 16 * 1024 * 1024
+SCAN_ELEMENTS = 4 * 1024 * 1024
 
 
 def step_folder(step: int) -> str:
@@ -230,26 +231,28 @@ class CheckpointReader:
         except OSError as error:
             raise CheckpointError(f"{self.path / file} cannot be read: {error}") from error
 
+    def scan(self) -> Iterator[tuple[StoredBox, np.ndarray]]:
+        """All data in the order it is stored, in pieces of bounded size (flat arrays)."""
+        for file in self.manifest.files:
+            for stored in file.boxes:
+                for start in range(0, stored.box.volume, SCAN_ELEMENTS):
+                    values = np.empty(min(SCAN_ELEMENTS, stored.box.volume - start), dtype=np.float32)
+                    self._read_into(file.name, stored.position + ITEM_BYTES * start, values)
+                    yield stored, values
+
     def size_problems(self) -> list[str]:
         """Files that are missing or have another size; quick, reads no data."""
         found = (file_problem(self.path / file.name, file.size_bytes, None) for file in self.manifest.files)
         return [problem for problem in found if problem]
 
-    def verify(
-        self, progress: Callable[[str, int], None] | None = None, rank: int = 0, world_size: int = 1
-    ) -> list[str]:
+    def verify(self, progress: Callable[[int], object] | None = None, rank: int = 0, world_size: int = 1) -> list[str]:
         """Compare files with their SHA-256 and return what is wrong.
 
         Args:
-            progress: called with (file name, bytes) after each file.
+            progress: called with the number of bytes read since the last call (tqdm's update).
             rank, world_size: check only this rank's share of the files (a resume shares the work).
         """
-        problems = []
         # largest first, dealt in turn, so that the shares are even
         files = sorted(self.manifest.files, key=lambda file: (-file.size_bytes, file.name))
-        for file in files[rank::world_size]:
-            if problem := file_problem(self.path / file.name, file.size_bytes, file.sha256):
-                problems.append(problem)
-            if progress is not None:
-                progress(file.name, file.size_bytes)
-        return problems
+        found = (file_problem(self.path / f.name, f.size_bytes, f.sha256, progress) for f in files[rank::world_size])
+        return [problem for problem in found if problem]
