@@ -52,6 +52,8 @@ class DataConfig:
     """stop | skip: what to do with a shard that stays unreadable after all retries."""
     retries: int = 5
     timeout_seconds: float = 60.0
+    wrap_rows: bool = False
+    """Put BOS before and EOS after each row (L - 2 tokens of text), as the paper's zero-shot evaluations do."""
     stream_text: bool = False
     """Tokenise third-party text shards on the fly (quick trials; not exactly resumable)."""
     tokenizer: str | None = None
@@ -216,6 +218,8 @@ class SamplingConfig:
     stop_at_eos: bool = False
     min_entropy: float | None = None
     """Stop when the unigram entropy (nats) of the last 256 tokens falls below it."""
+    max_redraws: int = 0
+    """Draw a sample that was stopped for low entropy again, at most this often (the paper's fixed lengths: 10)."""
     seed: int = 1
     weights: str = "ema"
 
