@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ class RunData:
         train, validation: one row per step, in order of step; the last attempt at a step wins.
         attempts: (attempt, wall-clock time, step) of each attempt's first line.
         repeated_steps: training steps that were computed again after a restart.
-        other_kinds: how many lines of every other kind there are.
+        events: (step, what happened) of steps at which something did: skipped updates, rollbacks, ...
         speed: tokens per second of each training row, where it can be told.
         samples: (name, text).
     """
@@ -29,7 +28,7 @@ class RunData:
     validation: list[dict]
     attempts: list[tuple[str, float, int]]
     repeated_steps: int
-    other_kinds: dict[str, int]
+    events: list[tuple[int, str]]
     speed: list[float]
     samples: list[tuple[str, str]]
 
@@ -57,7 +56,7 @@ def read_run(run_dir: Path) -> RunData:
         validation=[row for row in rows if row["kind"] == "validation"],
         attempts=list(attempts.values()),
         repeated_steps=sum(row["kind"] == "train" for row in lines) - len(train),
-        other_kinds=Counter(row["kind"] for row in rows if row["kind"] not in ("train", "validation")),
+        events=[(row["step"], str(row["event"])) for row in train if row.get("event")],
         speed=_speed(train),
         samples=_samples(run_dir / "samples"),
     )

@@ -63,13 +63,13 @@ def validation(run: RunData) -> Figure | None:
 def variance(run: RunData) -> Figure | None:
     """The last variance table: one bar per interval [low, high], sorted; the shortest bar is the best."""
     tables = [row["variance"] for row in run.validation if row.get("variance")]
-    if not tables:
+    rows = [(name, value) for name, value in tables[-1].items() if isinstance(value, float)] if tables else []
+    if not rows:
         return None
-    rows = sorted(tables[-1], key=lambda row: row[2])
+    rows.sort(key=lambda row: row[1])
     figure, axes = _axes("interval of times", "variance of a block's loss")
-    axes.bar(range(len(rows)), [row[2] for row in rows], color=[ACCENT, *[FAINT] * (len(rows) - 1)])
-    labels = [f"{low:.2f}-{high:.2f}" for low, high, _ in rows]
-    axes.set_xticks(range(len(rows)), labels, rotation=90, fontsize=7)
+    axes.bar(range(len(rows)), [row[1] for row in rows], color=[ACCENT, *[FAINT] * (len(rows) - 1)])
+    axes.set_xticks(range(len(rows)), [name for name, _ in rows], rotation=90, fontsize=7)
     return figure
 
 

@@ -23,6 +23,8 @@ import report_figures as figures_of
 from plan_run import GPUS, flops_per_token
 from report_data import RunData, read_run
 
+MAX_EVENTS = 20
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .25em .9em; border-bottom: 1px solid #ddd; }
@@ -66,7 +68,7 @@ def headline(run: RunData, config: RunConfig | None) -> list[tuple[str, str]]:
         rows.append(("perplexity, last validation", f"{last['ppl']:.2f}"))
         rows.append(("perplexity, best", f"{best['ppl']:.2f} at step {best['step']:,}"))
     rows.append(("restarts", f"{len(run.attempts) - 1}, {run.repeated_steps:,} steps computed twice"))
-    rows += [(f"{kind} lines", str(count)) for kind, count in sorted(run.other_kinds.items())]
+    rows += [(f"step {step:,}", event) for step, event in run.events[-MAX_EVENTS:]]
     return rows
 
 
