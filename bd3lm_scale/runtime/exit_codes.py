@@ -28,4 +28,4 @@ class ExitCode(IntEnum):
     """The launcher gave up: too many failures in a row without a new checkpoint."""
 
 
-NEVER_RETRIED = frozenset({ExitCode.CONFIG, ExitCode.DIVERGED, ExitCode.IN_USE})
+NEVER_RETRIED = frozenset({ExitCode.CONFIG, ExitCode.DIVERGED})

@@ -26,6 +26,7 @@ from bd3lm_scale.runtime.run_folder import current_attempt, node_name, read_json
 log = get_logger(__name__)
 
 STEP = "step"
+ENDED = "ended"
 MIN_STEPS_FOR_MEDIAN = 3
 RANKS_PER_SECOND = 200  # heartbeats the shared file system gets per second, whatever the size of the run
 
@@ -76,11 +77,13 @@ class Watchdog:
         return self
 
     def stop(self) -> None:
-        """Stop watching; the last heartbeat stays."""
+        """Stop watching; the last heartbeat says that this rank is done."""
         self._ending.set()
-        faulthandler.cancel_dump_traceback_later()
         if self._thread is not None:
             self._thread.join(timeout=5)
+        faulthandler.cancel_dump_traceback_later()
+        self.beat(self._step, ENDED)
+        self._write()
 
     def beat(self, step: int, phase: str = STEP) -> None:
         """The loop got on: `step` steps are done (phase "step"), or it is inside a save, a validation, ...
@@ -94,6 +97,12 @@ class Watchdog:
             self._step_ended_at = now if phase == STEP else None
             self._progress += 1
             self._step, self._phase, self._moved_at = step, phase, now
+
+    def waiting(self) -> None:
+        """This rank's own work is done and it begins to wait for the others: who hangs before this is the suspect."""
+        with self._lock:
+            self._progress += 1
+            self._moved_at = time.monotonic()
 
     @property
     def limit_seconds(self) -> float:

@@ -1,0 +1,308 @@
+"""Start a run's ranks, watch them, and start them again: `python -m bd3lm_scale.launch -- train CONFIG [a.b=c ...]`.
+
+One restart loop for a single machine and for Slurm (there it is the job's batch process; see slurm/train_owt.sh).
+Three levels, each limited by launch_policy.Limits:
+
+    ranks died or hang      end the rest, start again from the last checkpoint
+    a node is lost          go on with the nodes that answer, as far as the layout allows
+    too few nodes left, preemption, time limit     save if there is time, requeue, resume
+"""
+
+import argparse
+import os
+import secrets
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from bd3lm_scale.config import ConfigError, RunConfig
+from bd3lm_scale.config_checks import check
+from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config_summary import summary
+from bd3lm_scale.launch_monitor import Monitor
+from bd3lm_scale.launch_policy import (
+    Action,
+    Ending,
+    Limits,
+    Memory,
+    choose_nodes,
+    decide,
+    last_logged_step,
+    newest_checkpoint_step,
+)
+from bd3lm_scale.launch_ranks import LocalRanks, Ranks
+from bd3lm_scale.launch_slurm import SlurmRanks
+from bd3lm_scale.runtime.exit_codes import NEVER_RETRIED, ExitCode
+from bd3lm_scale.runtime.log import get_logger, set_up_logging
+from bd3lm_scale.runtime.run_folder import claim_attempt, node_name, read_json, read_status, runtime_folder, write_json
+from bd3lm_scale.runtime.stop import BY_USER, forget_stop_file
+
+log = get_logger(__name__)
+
+POLL_SECONDS = 0.25
+BEAT_SECONDS = 2.0
+ASK_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the launcher starts and within which bounds.
+
+    Attributes:
+        run_dir: the run folder, shared by all nodes.
+        config: the run's configuration.
+        command: what each rank executes.
+        min_nodes: fewer than these: requeue (Slurm) or give up.
+        max_nodes: train on at most so many; the rest of the allocation are spares. None: all.
+        stop_seconds: time for the last checkpoint after a request to stop.
+    """
+
+    run_dir: Path
+    config: RunConfig
+    command: list[str]
+    ranks_per_node: int
+    min_nodes: int = 1
+    max_nodes: int | None = None
+    stop_seconds: float = 240.0
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks of one model replica."""
+        return self.config.parallel.tensor_parallel_size * self.config.parallel.pipeline_parallel_size
+
+    def command_for(self, attempt: str) -> list[str]:
+        """The ranks' command; a restart goes on with the newest checkpoint, whatever the first start asked for."""
+        is_first = attempt.endswith(".0") and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+        return [word for word in self.command if is_first or word != "--fresh"]
+
+
+class Launcher:
+    """The restart loop."""
+
+    def __init__(self, plan: Plan, ranks: Ranks) -> None:
+        self.plan = plan
+        self.ranks = ranks
+        self.runtime = runtime_folder(plan.run_dir)
+        self.memory = Memory(plan.run_dir)
+        self.start_number = int(str(read_json(self.runtime / "attempt.json").get("attempt", "-1")).split(".")[0]) + 1
+        self.stop_asked = ""
+        self.known_nodes: list[str] = []
+        self.excluded: set[str] = set()
+        self._identity = {"id": secrets.token_hex(8), "node": node_name(), "pid": os.getpid(),
+                          "job": os.environ.get("SLURM_JOB_ID", "")}  # fmt: skip
+        self._beats = 0
+        self._next_beat = 0.0
+
+    def run(self) -> int:
+        """Supervise until the run is over; the launcher's exit code."""
+        if self._is_owned_by_another():
+            return ExitCode.IN_USE
+        for number in ASK_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._on_signal)
+        forget_stop_file(self.plan.run_dir)
+        self.memory.note_checkpoint(newest_checkpoint_step(self.plan.run_dir))
+        attempt_number = 0
+        while True:
+            ending = self._attempt(f"{self.start_number}.{attempt_number}")
+            attempt_number += 1
+            self.memory.note_checkpoint(newest_checkpoint_step(self.plan.run_dir))
+            action = decide(ending, bool(self.stop_asked), self.ranks.can_requeue)
+            log.info("%s -> %s", ending.line(), action.value)
+            if action is Action.RESTART:
+                action = self._count_failure(ending)
+            if action is not Action.RESTART:
+                return self._finish(ending, action)
+
+    def _attempt(self, attempt: str) -> Ending:
+        """Start the ranks once and watch them until they are gone."""
+        plan = self.plan
+        answering = self.ranks.usable_nodes()
+        if set(self.known_nodes) - set(answering):
+            self.memory.blame_node()
+        self.known_nodes = answering
+        available = [node for node in answering if node not in self.excluded]
+        nodes = choose_nodes(available, plan.ranks_per_node, plan.model_parallel_size, plan.min_nodes, plan.max_nodes)
+        if self.stop_asked:
+            return Ending(ExitCode.STOPPED, f"launcher: {self.stop_asked}", attempt)
+        if not nodes:
+            text = f"{len(available)} nodes answer, the layout needs {plan.min_nodes} of {plan.ranks_per_node} ranks"
+            return Ending(ExitCode.PREFLIGHT, text, attempt, blames_node=True)
+        claim_attempt(plan.run_dir, attempt)
+        log.info("attempt %s: %d ranks on %s", attempt, len(nodes) * plan.ranks_per_node, ",".join(nodes))
+        self.ranks.start(attempt, nodes, plan.command_for(attempt))
+        return self._watch(attempt)
+
+    def _watch(self, attempt: str) -> Ending:
+        monitor = Monitor(self.plan.run_dir, attempt, self.plan.config.runtime)
+        complaint = ""
+        asked_at: float | None = None
+        while (ended := self.ranks.poll()) is None:
+            self._beat()
+            trouble = monitor.look()
+            if self.stop_asked and asked_at is None:
+                asked_at = time.monotonic()
+                request = {"attempt": attempt, "reason": self.stop_asked}
+                write_json(self.runtime / "stop_request.json", request)
+            if asked_at is not None and time.monotonic() - asked_at > self.plan.stop_seconds:
+                trouble = trouble or f"not stopped {self.plan.stop_seconds:.0f} s after the request"
+            if trouble and not complaint:
+                complaint = trouble
+                log.error("%s; ending attempt %s", trouble, attempt)
+                self.ranks.kill()
+            time.sleep(POLL_SECONDS)
+        monitor.look()
+        return self._ending(attempt, ended.code, ended.who, complaint, monitor)
+
+    def _ending(self, attempt: str, code: int, who: str, complaint: str, monitor: Monitor) -> Ending:
+        """What happened, by the most reliable witness: rank 0's status, the watchdog's finding, then exit codes."""
+        status = read_status(self.plan.run_dir, attempt)
+        step = max(monitor.step, int(status.get("step", 0)), last_logged_step(self.plan.run_dir, attempt))
+        hang = read_json(self.runtime / "hang.json")
+        if status and int(status["code"]) != ExitCode.FAILED:
+            return Ending(int(status["code"]), str(status["reason"]), attempt, step)
+        if hang.get("attempt") == attempt:
+            return Ending(ExitCode.HANG, str(hang["text"]), attempt, step)
+        if complaint:
+            return Ending(ExitCode.HANG, complaint, attempt, step)
+        if (self.plan.run_dir / "STOP").exists():
+            return Ending(ExitCode.STOPPED, BY_USER, attempt, step)
+        # rank 0 often reports only that its peer is gone: the first rank to fall is the better witness
+        reasons = [text for text in (who, str(status.get("reason", ""))) if text]
+        return Ending(code or ExitCode.FAILED, "; ".join(reasons) or "ended without a word", attempt, step)
+
+    def _count_failure(self, ending: Ending) -> Action:
+        """Start again, unless this goes in circles."""
+        if ending.blames_node and not self.ranks.can_requeue:
+            return Action.END
+        if ending.blames_node:
+            return Action.REQUEUE
+        if ending.code == ExitCode.PREFLIGHT:
+            self.excluded |= set(read_json(self.runtime / "preflight.json").get("bad_nodes", ()))
+        if self.memory.add_failure(ending) >= self.plan.limits.max_failures:
+            return Action.GIVE_UP
+        self._rest(self.memory.backoff(self.plan.limits))
+        return Action.RESTART
+
+    def _finish(self, ending: Ending, action: Action) -> int:
+        self._beat(has_ended=True)
+        if action is Action.REQUEUE:
+            if self.memory.add_requeue() <= self.plan.limits.max_requeues:
+                # Slurm ends a requeued job with SIGTERM: obey at once instead of waiting for its SIGKILL
+                for number in ASK_SIGNALS:
+                    signal.signal(number, signal.SIG_DFL)
+                return self.ranks.requeue()
+            log.error("requeued %d times without a new checkpoint", self.plan.limits.max_requeues)
+            action = Action.GIVE_UP
+        if action is Action.GIVE_UP:
+            log.error("giving up: %s", self.memory.diagnosis())
+            return ExitCode.CRASH_LOOP
+        is_final = ending.code == ExitCode.FINISHED or ending.code in NEVER_RETRIED
+        return ExitCode.STOPPED if self.stop_asked and not is_final else ending.code
+
+    def _rest(self, seconds: float) -> None:
+        if seconds:
+            log.info("waiting %.0f s before the next start", seconds)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.stop_asked:
+            self._beat()
+            time.sleep(POLL_SECONDS)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.stop_asked = self.stop_asked or signal.Signals(number).name
+
+    def _beat(self, has_ended: bool = False) -> None:
+        """Say that this launcher lives, so that a second one for the same run folder finds out."""
+        if has_ended or time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + BEAT_SECONDS
+            self._beats += 1
+            write_json(self.runtime / "launcher.json", {**self._identity, "beats": self._beats, "has_ended": has_ended})
+
+    def _is_owned_by_another(self) -> bool:
+        """Whether another launcher is at work in this run folder: its file is watched for a while if need be."""
+        path = self.runtime / "launcher.json"
+        owner = read_json(path)
+        is_gone = owner.get("node") == node_name() and not Path(f"/proc/{owner.get('pid')}").exists()
+        same_job = bool(owner.get("job")) and owner.get("job") == self._identity["job"]
+        if not owner or owner.get("has_ended") or is_gone or same_job:
+            return False
+        log.info("run folder was used by %s on %s; looking whether it is still at work", owner["pid"], owner["node"])
+        until = time.monotonic() + 4 * BEAT_SECONDS
+        while time.monotonic() < until:
+            time.sleep(BEAT_SECONDS / 4)
+            now = read_json(path)
+            if now and now != owner and not now.get("has_ended"):
+                log.error("%s is in use by process %s on %s", self.plan.run_dir, now["pid"], now["node"])
+                return True
+        return False
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; everything after `--` is the program and its arguments."""
+    parser = argparse.ArgumentParser(prog="python -m bd3lm_scale.launch", description="Start, watch and restart a run.")
+    parser.add_argument("--nproc-per-node", type=int, default=0, help="ranks per node; default: its GPUs, else 1")
+    parser.add_argument("--nnodes", type=int, default=0, help="for --check: nodes the run will have")
+    parser.add_argument("--min-nodes", type=int, default=1, help="go on with as few nodes as this")
+    parser.add_argument("--max-nodes", type=int, default=None, help="train on at most so many; the others are spares")
+    parser.add_argument("--max-failures", type=int, default=3, help="in a row without a new checkpoint")
+    parser.add_argument("--max-requeues", type=int, default=10, help="in a row without a new checkpoint")
+    parser.add_argument("--backoff-seconds", type=float, default=5.0)
+    parser.add_argument("--stop-seconds", type=float, default=240.0, help="time for the last checkpoint")
+    parser.add_argument("--srun-args", default="", help="more options for srun, as one string")
+    parser.add_argument("--python", default=sys.executable, help="interpreter (or wrapper command) of the ranks")
+    parser.add_argument("--check", action="store_true", help="check the configuration, say what it means, and exit")
+    parser.add_argument("program", nargs=argparse.REMAINDER, help="-- train CONFIG [a.b=c ...]")
+    options = parser.parse_args(arguments)
+    if options.program[:1] == ["--"]:
+        options.program = options.program[1:]
+    if len(options.program) < 2:
+        parser.error("say what to start: -- train CONFIG [a.b=c ...]")
+    return options
+
+
+def ranks_per_node(options: argparse.Namespace) -> int:
+    """--nproc-per-node, else the GPUs that Slurm gave this node, else 1."""
+    return options.nproc_per_node or int(os.environ.get("SLURM_GPUS_ON_NODE") or 1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check, then supervise."""
+    options = parse_arguments(arguments)
+    module, config_path, *overrides = options.program
+    per_node = ranks_per_node(options)
+    under_slurm = "SLURM_JOB_ID" in os.environ and os.environ.get("ENVIRONMENT") == "BATCH"
+    nodes = options.nnodes or (int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if under_slurm else 1)
+    try:
+        config = load_config(config_path, [text for text in overrides if "=" in text and not text.startswith("--")])
+        check(config, world_size=min(nodes, options.max_nodes or nodes) * per_node)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.CONFIG
+    if options.check:
+        print(summary(config, nodes * per_node))
+        return ExitCode.FINISHED
+    run_dir = Path(config.run_dir)
+    set_up_logging(run_dir, rank=0)
+    name = module if "." in module else f"bd3lm_scale.{module}"
+    plan = Plan(
+        run_dir=run_dir,
+        config=config,
+        command=[*options.python.split(), "-m", name, config_path, *overrides],
+        ranks_per_node=per_node,
+        min_nodes=options.min_nodes,
+        max_nodes=options.max_nodes,
+        stop_seconds=options.stop_seconds,
+        limits=Limits(options.max_failures, options.max_requeues, options.backoff_seconds),
+    )
+    ranks: Ranks = LocalRanks(per_node)
+    if under_slurm:
+        ranks = SlurmRanks(per_node, runtime_folder(run_dir), options.min_nodes, options.srun_args.split())
+    return Launcher(plan, ranks).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Ranks as tasks of srun steps inside a Slurm allocation; the launcher is the job's batch process.
+
+Restarts belong to the launcher, so a step is never told to survive a failure, and `--no-kill` is not used: with it a
+job whose batch host died would stay RUNNING for ever.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bd3lm_scale.launch_policy import describe_code
+from bd3lm_scale.launch_ranks import Ended
+from bd3lm_scale.runtime.exit_codes import ExitCode
+from bd3lm_scale.runtime.log import get_logger
+from bd3lm_scale.runtime.run_folder import ATTEMPT_VARIABLE
+
+log = get_logger(__name__)
+
+# srun would take these as defaults, and they are stale once the job has shrunk
+STALE_VARIABLES = (
+    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_JOB_NUM_NODES",
+    "SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION",
+)  # fmt: skip
+PROBE_SECONDS = 60
+WAIT_AFTER_FIRST_EXIT_SECONDS = 10
+
+
+class SlurmRanks:
+    """One srun step per attempt, one task per rank."""
+
+    can_requeue = True
+
+    def __init__(self, ranks_per_node: int, work_folder: Path, min_nodes: int, srun_args: Sequence[str] = ()) -> None:
+        self.ranks_per_node = ranks_per_node
+        self.work_folder = work_folder
+        self.min_nodes = min_nodes
+        self.srun_args = list(srun_args)
+        self.job = os.environ["SLURM_JOB_ID"]
+        self.environment = {name: value for name, value in os.environ.items() if name not in STALE_VARIABLES}
+        self._step_name = ""
+        self._srun: subprocess.Popen | None = None
+
+    def usable_nodes(self) -> list[str]:
+        """Nodes of the allocation that run a trivial step; silent ones are given back to Slurm.
+
+        Otherwise NODE_FAIL would end the whole job as soon as Slurm notices. Giving back fails harmlessly where the
+        site forbids it.
+        """
+        nodes = self._allocation()
+        if not nodes:
+            return []
+        alive = self._probe(nodes)
+        lost = [node for node in nodes if node not in alive]
+        if lost and len(alive) >= max(self.min_nodes, 1):
+            update = ["scontrol", "update", f"JobId={self.job}", f"NodeList={','.join(alive)}"]
+            done = self._ask(update)
+            outcome = "gave them back" if done.returncode == 0 else f"cannot give them back: {done.stderr.strip()}"
+            log.warning("nodes %s do not answer; %s, going on with %s", ",".join(lost), outcome, ",".join(alive))
+        return alive
+
+    def start(self, attempt: str, nodes: Sequence[str], command: Sequence[str]) -> None:
+        """Start one task per rank on the nodes."""
+        self._step_name = f"train.{attempt}"
+        port = 20000 + (int(self.job) * 37 + sum(int(part) * 11 for part in attempt.split("."))) % 10000
+        rendezvous = {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(port), ATTEMPT_VARIABLE: attempt}
+        # --overlap: a step on a dead node keeps its CPUs until Slurm gives the node up
+        srun = ["srun", "--overlap", f"--job-name={self._step_name}", "--kill-on-bad-exit=1"]
+        srun += [f"--wait={WAIT_AFTER_FIRST_EXIT_SECONDS}", *self._placement(nodes, self.ranks_per_node)]
+        srun += self.srun_args
+        self._srun = subprocess.Popen([*srun, *command], env=self.environment | rendezvous)
+
+    def poll(self) -> Ended | None:
+        """srun's exit code; after a rank was killed it is often another one's, so rank 0's status file goes first."""
+        code = None if self._srun is None else self._srun.poll()
+        if code is None:
+            return None
+        return Ended(code, f"srun: {describe_code(code)}" if code else "")
+
+    def kill(self) -> None:
+        """End the step; srun itself may hang on a dead node, so it is not waited for without end."""
+        assert self._srun is not None, "kill comes after start"
+        steps = self._ask(["squeue", "--steps", "--noheader", f"--jobs={self.job}", "--format=%i %j"]).stdout
+        for line in steps.splitlines():
+            number, _, name = line.strip().partition(" ")
+            if name == self._step_name:
+                self._ask(["scancel", "--signal=KILL", number])
+        for end in (lambda: None, self._srun.terminate, self._srun.kill):
+            end()
+            try:
+                self._srun.wait(timeout=8)
+                return
+            except subprocess.TimeoutExpired:
+                continue
+
+    def requeue(self) -> int:
+        """Put the job back into the queue; Slurm ends this process while it waits.
+
+        Preemption and node failures requeue on their own, and a cancelled job must stay cancelled: then the job is no
+        longer RUNNING and there is nothing to do.
+        """
+        if self._state() == "RUNNING":
+            done = self._ask(["scontrol", "requeue", self.job])
+            if done.returncode == 0:
+                log.info("requeued; waiting for Slurm to end this job")
+                time.sleep(120)
+            elif self._state() == "RUNNING":
+                log.error("cannot requeue (%s): submit again to resume", done.stderr.strip())
+        return int(ExitCode.STOPPED)
+
+    def _allocation(self) -> list[str]:
+        # not SLURM_JOB_NODELIST: stale after a shrink
+        nodes = self._ask(["squeue", "--noheader", f"--jobs={self.job}", "--format=%N"]).stdout.strip()
+        return self._ask(["scontrol", "show", "hostnames", nodes]).stdout.split() if nodes else []
+
+    def _probe(self, nodes: list[str]) -> list[str]:
+        """One srun for all nodes; a dead one costs about ten seconds, whatever their number."""
+        command = ["srun", "--overlap", "--job-name=probe", "--kill-on-bad-exit=0", "--wait=3",
+                   *self._placement(nodes, 1), "bash", "-c", "echo UP $SLURMD_NODENAME"]  # fmt: skip
+        output = self._ask(command, timeout=PROBE_SECONDS).stdout
+        up = {line.split()[1] for line in output.splitlines() if line.startswith("UP ")}
+        return [node for node in nodes if node in up]
+
+    def _placement(self, nodes: Sequence[str], tasks_per_node: int) -> list[str]:
+        count = len(nodes)
+        return [
+            "-w",
+            ",".join(nodes),
+            f"-N{count}",
+            f"-n{count * tasks_per_node}",
+            f"--ntasks-per-node={tasks_per_node}",
+        ]
+
+    def _state(self) -> str:
+        return self._ask(["squeue", "--noheader", f"--jobs={self.job}", "--format=%T"]).stdout.strip()
+
+    def _ask(self, command: list[str], timeout: float = 30) -> subprocess.CompletedProcess:
+        """Run one of Slurm's commands; its silence is an answer too. Resizing leaves scripts in the work folder."""
+        try:
+            return subprocess.run(
+                command, env=self.environment, capture_output=True, text=True, timeout=timeout, cwd=self.work_folder
+            )
+        except subprocess.TimeoutExpired as error:
+            output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+            return subprocess.CompletedProcess(command, 124, output, f"no answer within {timeout:.0f} s")
