@@ -40,13 +40,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _build_checked(values, source=" ".join([str(path), *overrides]))
 
 
-def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The inverse of to_dict, for configurations kept in checkpoints; the same checks apply.
+def from_dict(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The inverse of to_dict, for configurations kept in checkpoints, with `a.b=c` overrides; the same checks apply.
 
     Raises:
         ConfigError: as load_config.
     """
-    return _build_checked(values, source="the saved configuration")
+    merged = _merge(OmegaConf.create(dict(values)), overrides) if overrides else values
+    return _build_checked(merged, source=" ".join(["the saved configuration", *overrides]))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

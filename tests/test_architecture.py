@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "bd3lm_scale"
 FLOORS = {
     "train": 7, "evaluate": 7, "sample": 7, "launch": 7,
     "session": 6.5,
-    "step": 6, "validation": 6,
+    "step": 6, "validation": 6, "loading": 6,
     "engine": 5.5,
     "data": 5, "diffusion": 5, "model": 5, "optim": 5, "checkpoint": 5,
     "parallel": 4,
