@@ -39,7 +39,7 @@ def test_every_config_runs_on_the_smallest_world_and_on_larger_ones(path):
     assert path.read_text().startswith("# "), "the first line says what the run is"
 
 
-@pytest.mark.parametrize("name", ["demo", "owt_7b_tp4_pp4"])
+@pytest.mark.parametrize("name", ["owt_7b_tp4_pp4"])
 def test_dry_run_prints_the_summary_and_touches_nothing(name, tmp_path):
     command = [sys.executable, "-m", "bd3lm_scale.train", str(ROOT / "configs" / f"{name}.yaml"), "--dry-run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

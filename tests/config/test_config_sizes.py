@@ -1,6 +1,8 @@
 """Sizes: parameter counts of the published models, shards that add up, memory that follows the layout."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,35 @@ def test_dry_run_checks_first_and_assumes_the_smallest_world():
     assert "8 = tensor 2 x pipeline 2 x data 2" in dry_run(config, 8)
     with pytest.raises(ConfigError, match="6 processes cannot be cut"):
         dry_run(config, 6)
+
+
+MODEL_AGREES = """
+from dataclasses import replace
+from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config_sizes import parameters
+from bd3lm_scale.engine import build_engine
+from bd3lm_scale.model.denoiser import named_parameters
+from bd3lm_scale.parallel.mesh import init_mesh
+
+small = ["model.num_layers=2", "model.hidden_size=32", "model.num_heads=2", "model.cond_dim=8"]
+base = load_config("configs/demo.yaml", small)
+mesh = init_mesh(base.parallel, "cpu", 60)
+for objective, tied in (("bd3lm", False), ("bd3lm", True), ("ar", False)):
+    config = replace(
+        base,
+        diffusion=replace(base.diffusion, objective=objective),
+        model=replace(base.model, tie_embeddings=tied),
+    )
+    chunks = build_engine(config, mesh, 256, 255, for_training=False).chunks
+    real = {name: tuple(p.shape) for name, p in named_parameters(chunks)}
+    table = {name: p.shape for name, p in parameters(config, 256).items()}
+    assert real == table, (objective, tied, real.items() ^ table.items())
+print("agree")
+"""
+
+
+def test_the_table_of_parameters_is_the_models():
+    done = subprocess.run(
+        [sys.executable, "-c", MODEL_AGREES], cwd=GOLDENS.parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip().endswith("agree"), done.stderr
