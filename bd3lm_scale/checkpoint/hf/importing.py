@@ -9,14 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
 from bd3lm_scale.checkpoint.names import PREFIX, Architecture, shape_problems, table, to_ours
+from bd3lm_scale.checkpoint.record import UNKNOWN_DATA, default_mask_id, shortest, split_mask_override, weights_meta
 from bd3lm_scale.config import RunConfig
 from bd3lm_scale.config_load import from_dict, to_dict
 
@@ -28,16 +27,13 @@ MAX_PROBLEMS = 40
 Weights = Iterator[tuple[str, str, Tensor]]
 
 
-def import_hf(
-    source: str | Path, overrides: Sequence[str] = (), data_path: str = "data"
-) -> tuple[Weights, dict[str, Any]]:
+def import_hf(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Weights, dict[str, Any]]:
     """Weights of a Hugging Face folder under our names, and the record of the checkpoint they make.
 
     Args:
         source: a folder with config.json and model.safetensors (or shards and an index).
         overrides: `a.b=c` on the resulting configuration, and `mask_token_id=N` where the folder does not say it
             (published LM1B models use BERT's).
-        data_path: data.path of that configuration; its subfolder tokenizer/ should hold the tokenizer.
 
     Returns:
         An iterator of (our name, "master", float32 tensor), reading one tensor at a time, and `meta`.
@@ -47,14 +43,16 @@ def import_hf(
     """
     source = Path(source)
     fields = read_config(source)
-    own, overrides = _split_overrides(overrides)
-    hf_config = BD3LMConfig(**{**fields, **own})
+    mask, overrides = split_mask_override(overrides)
+    if mask is None:
+        mask = fields.get("mask_token_id") or default_mask_id(fields["vocab_size"])
+    hf_config = BD3LMConfig(**{**fields, "mask_token_id": mask})
     files = tensor_files(source)
     buffers = read_buffers(files)
-    config = run_config(hf_config, buffers, [f"run_dir={source.name}", f"data.path={data_path}", *overrides])
+    config = run_config(hf_config, buffers, source.name, overrides)
     arch = Architecture.of(config, hf_config.vocab_size)
     check_published(files, arch)
-    meta = weights_meta(config, hf_config.vocab_size, hf_config.mask_token_id, str(source))
+    meta = weights_meta(config, hf_config.vocab_size, mask, source.name)
     training = fields.get("training") or {}
     meta |= {"step": int(training.get("step", 0)), "tokens": int(training.get("tokens", 0))}
     return _weights(files, arch), meta
@@ -110,15 +108,13 @@ def read_buffers(files: dict[str, tuple[Path, tuple[int, ...]]]) -> dict[str, fl
     return buffers
 
 
-def shortest(value: Tensor) -> float:
-    """0.001 for the float32 0.0010000000474974513: the decimal a person wrote, equal in float32."""
-    return float(str(np.float32(value.float().item())))
-
-
-def run_config(hf_config: BD3LMConfig, buffers: dict[str, float], overrides: Sequence[str] = ()) -> RunConfig:
+def run_config(
+    hf_config: BD3LMConfig, buffers: dict[str, float], name: str, overrides: Sequence[str] = ()
+) -> RunConfig:
     """The resolved configuration that the imported weights stand for; ConfigError if it is not a legal one."""
     objective = hf_config.objective
-    values = to_dict(RunConfig())
+    values = to_dict(RunConfig(run_dir=name))
+    values["data"]["path"] = UNKNOWN_DATA
     values["data"]["context_length"] = hf_config.model_length
     values["model"] |= {
         "num_layers": hf_config.n_blocks,
@@ -141,19 +137,7 @@ def run_config(hf_config: BD3LMConfig, buffers: dict[str, float], overrides: Seq
         diffusion["block_size"] = hf_config.block_size
         diffusion["clip_low"] = buffers.get("sampling_eps_min", diffusion["clip_low"])
         diffusion["clip_high"] = buffers.get("sampling_eps_max", diffusion["clip_high"])
-    return from_dict(_overridden({**values, "diffusion": diffusion}, overrides))
-
-
-def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
-    return OmegaConf.to_container(merged, resolve=False)  # pyright: ignore[reportReturnType]
-
-
-def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    name = "mask_token_id="
-    own = [text for text in overrides if text.startswith(name)]
-    mask = {"mask_token_id": int(own[-1].removeprefix(name))} if own else {}
-    return mask, [text for text in overrides if text not in own]
+    return from_dict({**values, "diffusion": diffusion}, overrides)
 
 
 def check_published(files: dict[str, tuple[Path, tuple[int, ...]]], arch: Architecture) -> None:
@@ -180,22 +164,3 @@ def _weights(files: dict[str, tuple[Path, tuple[int, ...]]], arch: Architecture)
                     continue
                 embedding = tensor
             yield entry.ours, "master", to_ours(entry, tensor, arch)
-
-
-def weights_meta(config: RunConfig, vocab_size: int, mask_token_id: int, source: str) -> dict[str, Any]:
-    """The record of a weights-only checkpoint, as training writes it."""
-    diffusion = config.diffusion
-    return {
-        "step": 0,
-        "tokens": 0,
-        "optimizer_step": 0,
-        "cursor": {"step": 0, "data_offset": 0, "excluded_shards": []},
-        "clip": {"low": diffusion.clip_low, "high": diffusion.clip_high},
-        "config": to_dict(config),
-        "contents": "weights",
-        "layout": {},
-        "versions": {"torch": torch.__version__},
-        "vocab_size": vocab_size,
-        "mask_token_id": mask_token_id,
-        "source": source,
-    }
