@@ -1,8 +1,8 @@
 # Every target makes the environment it needs and is quick when that exists.
-#   PYTHON=python3.11          the interpreter .venv is made with
+#   PYTHON=python3.12          the interpreter .venv is made with, 3.11 or newer
 #   PIP_ARGS="--index-url ..." where packages come from, for instance a site's own build of torch
 
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
@@ -38,15 +38,19 @@ clean:  ## remove the environment; data/ and runs/ stay
 	rm -rf .venv
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	  || { echo "$(PYTHON) is older than Python 3.10; use make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	$(PYTHON) -m venv .venv \
-	  || { rm -rf .venv; echo "no virtual environment; use: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than Python 3.11; use make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
+	  || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null; } \
+	  || { echo "$(PYTHON) cannot make virtual environments; use: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
 
 .venv/.run: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP_INSTALL) -e .
+	@echo 'installing the pinned packages into .venv: minutes, the first time'
+	@$(PIP_INSTALL) -e .
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP_INSTALL) -e '.[dev]'
+	@echo 'installing the pinned packages and the tools for tests into .venv: minutes, the first time'
+	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ .venv/.run
