@@ -113,7 +113,8 @@ class Session:
         if not is_due or self.validations % search.every_validations:
             return {}
         size = self.config.diffusion.block_size
-        table = variance_table(validation.moments, search.widths, search.step, size, self.interval)
+        schedule = self.engine.process.schedule
+        table = variance_table(validation.moments, search.widths, search.step, size, self.interval, schedule)
         best = choose_interval(table, self.interval)
         if search.apply and best != self.interval:
             log.info("clip interval U[%g, %g] -> U[%g, %g]", *self.interval, *best)

@@ -28,11 +28,13 @@ class Schedule:
         name: as in `diffusion.schedule`.
         mask_rate: p(t), probability that a token is masked at time t.
         mask_rate_slope: p'(t).
+        time_of: the inverse of p(t) where it rises.
     """
 
     name: str
     mask_rate: Callable[[Tensor], Tensor]
     mask_rate_slope: Callable[[Tensor], Tensor]
+    time_of: Callable[[Tensor], Tensor]
 
     def loss_weight(self, time: Tensor) -> Tensor:
         """Exact ELBO weight p'(t)/p(t), never negative; 0 where the mask rate stands still at its floor."""
@@ -54,7 +56,7 @@ def mask_rate_from_sigma(sigma: Tensor) -> Tensor:
 
 
 def _linear(name: str, slope: float) -> Schedule:
-    return Schedule(name, lambda t: slope * t, lambda t: torch.full_like(t, slope))
+    return Schedule(name, lambda t: slope * t, lambda t: torch.full_like(t, slope), lambda p: p / slope)
 
 
 def _cosine() -> Schedule:
@@ -63,6 +65,7 @@ def _cosine() -> Schedule:
         "cosine",
         lambda t: 1.0 - span * torch.cos(t * (math.pi / 2)),
         lambda t: span * torch.sin(t * (math.pi / 2)) * (math.pi / 2),
+        lambda p: torch.arccos(((1.0 - p) / span).clamp(max=1.0)) * (2 / math.pi),
     )
 
 
@@ -72,11 +75,16 @@ def _power(name: str, exponent: float) -> Schedule:
         # below the floor the curve is flat; the where inside keeps t^(a-1) finite at t = 0
         return torch.where(rises, exponent * torch.where(rises, t, 1.0).pow(exponent - 1.0), 0.0)
 
-    return Schedule(name, lambda t: t.pow(exponent).clamp(min=MIN_MASK_RATE), slope)
+    return Schedule(name, lambda t: t.pow(exponent).clamp(min=MIN_MASK_RATE), slope, lambda p: p.pow(1 / exponent))
 
 
 def _log() -> Schedule:
-    return Schedule("log", lambda t: torch.log1p(t) / math.log(2), lambda t: 1.0 / (math.log(2) * (1.0 + t)))
+    return Schedule(
+        "log",
+        lambda t: torch.log1p(t) / math.log(2),
+        lambda t: 1.0 / (math.log(2) * (1.0 + t)),
+        lambda p: torch.expm1(p * math.log(2)),
+    )
 
 
 _SCHEDULES = {

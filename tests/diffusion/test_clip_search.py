@@ -21,6 +21,7 @@ from bd3lm_scale.diffusion.clip_search import (
 )
 from bd3lm_scale.diffusion.loss import normaliser, score_rows
 from bd3lm_scale.diffusion.noising import given_noise, make_process, noise_rows, noise_rows_for_evaluation
+from bd3lm_scale.diffusion.schedule import get_schedule
 from bd3lm_scale.diffusion.variance import GradientMoments, spread
 from bd3lm_scale.values import LossSum, NoisyRows, Rows
 from tests.diffusion.heads import head_of
@@ -104,17 +105,18 @@ def losses_by_pattern(model: PlainDiT, process) -> dict[int, list[torch.Tensor]]
     return found
 
 
-def exact_moments(patterns: dict[int, list[torch.Tensor]], interval: Interval) -> Truth:
+def exact_moments(patterns: dict[int, list[torch.Tensor]], interval: Interval, schedule="loglinear") -> Truth:
     """Every mask of a block with its probability, integrated over t ~ U[interval] on a logarithmic grid."""
     low, high = interval
-    points, weights = np.polynomial.legendre.leggauss(60)
+    points, weights = np.polynomial.legendre.leggauss(60 if schedule == "loglinear" else 600)
     time = (torch.from_numpy(points) * math.log(high / low) / 2 + math.log(high * low) / 2).exp()
     density = torch.from_numpy(weights) * math.log(high / low) / 2 * time / (high - low)
+    rate, weight = get_schedule(schedule).mask_rate(time), get_schedule(schedule).loss_weight(time)
     size = max(patterns)
     raw = []
     for power in range(5):
         terms = [
-            float((density * time ** (count - power) * (1 - time) ** (size - count)).sum() * (loss**power).mean())
+            float((density * weight**power * rate**count * (1 - rate) ** (size - count)).sum() * (loss**power).mean())
             for count, losses in patterns.items()
             for loss in losses
             if count or not power
@@ -171,6 +173,48 @@ def test_closed_form_chooses_the_exact_minimum(measured):
     brute_choice = min(brute, key=lambda i: brute[i])
     error = truth[brute_choice].error(BRUTE_DRAWS * ROWS * 4)
     assert abs(brute[brute_choice] - moments.variance(chosen)) < 4 * error
+
+
+@pytest.mark.parametrize("name", ["cosine", "square", "square_root", "log"])
+def test_one_evaluation_gives_the_variance_under_every_schedule(trained, measured, name):
+    """Loglinear moments, carried over to another schedule's interval, against exact enumeration under that schedule."""
+    moments, schedule = measured[0], get_schedule(name)
+    patterns = losses_by_pattern(trained, process_for(4))
+    widest = (EPSILON, 1.0)
+    for interval in (widest, (0.2, 0.7), (0.3, 0.8), (0.45, 0.95), (0.5, 1.0)):
+        exact, ours = exact_moments(patterns, interval, name), moments.variance(interval, schedule)
+        heavy = schedule.mask_rate(torch.tensor(interval[0], dtype=torch.float64)) < 0.1
+        assert ours == pytest.approx(exact.variance, rel=0.5 if heavy else 0.1), interval
+    table = variance_table(moments, GRID.widths, GRID.step, 4, schedule=schedule)
+    assert table[widest] == moments.variance(widest, schedule)
+
+
+@pytest.mark.parametrize("name", ["loglinear", "cosine", "square", "square_root", "log"])
+def test_carrying_over_is_exact_up_to_the_width_of_a_bin(name):
+    """Losses that depend on the mask rate alone, so that the variance is a plain integral."""
+    moments, schedule = TimeMoments(EPSILON), get_schedule(name)
+    rate = EPSILON + (1 - EPSILON) * (torch.arange(400_000, dtype=torch.float64)[None] + 0.5) / 400_000
+    moments.accumulate(rate, 1 + rate)
+    for low, high in ((EPSILON, 1.0), (EPSILON, 0.5), (0.123, 0.777), (0.5, 1.0)):
+        time = low + (high - low) * (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+        at = schedule.mask_rate(time)
+        loss = schedule.mask_rate_slope(time) * (1 + at) * (at >= EPSILON)
+        exact = float(loss.var())
+        assert moments.variance((low, high), schedule) == pytest.approx(exact, rel=0.02, abs=1e-5), (low, high)
+
+
+def test_blocks_of_one_token_under_another_schedule():
+    generator = torch.Generator().manual_seed(0)
+    nll = torch.rand(200_000, generator=generator, dtype=torch.float64) + 1
+    exact = TimeMoments(EPSILON)
+    exact.accumulate(torch.ones(len(nll), 1, dtype=torch.float64), nll[:, None])
+    for name in ("loglinear", "cosine", "square", "square_root", "log"):
+        schedule = get_schedule(name)
+        time = EPSILON + (1 - EPSILON) * torch.rand(len(nll), generator=generator, dtype=torch.float64)
+        masked = torch.rand(len(nll), generator=generator, dtype=torch.float64) < schedule.mask_rate(time)
+        drawn = spread(nll * schedule.loss_weight(time) * masked)
+        table = variance_table(exact, GRID.widths, GRID.step, 1, schedule=schedule)
+        assert abs(table[(EPSILON, 1.0)] - drawn.variance) < 4 * drawn.variance_stderr, name
 
 
 def test_clipping_lowers_the_variance_of_the_gradient_too(trained, measured):

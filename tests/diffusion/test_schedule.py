@@ -39,6 +39,13 @@ def test_weight_is_the_log_derivative_of_the_mask_rate(name):
     torch.testing.assert_close(schedule.loss_weight(time.detach()), slope)
 
 
+@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+def test_time_is_recovered_from_the_mask_rate(name):
+    schedule = get_schedule(name)
+    time = torch.linspace(0.04, 1.0, 99, dtype=torch.float64)
+    torch.testing.assert_close(schedule.time_of(schedule.mask_rate(time)), time)
+
+
 def test_weights_are_the_published_ones_where_those_are_exact():
     for name in SCHEDULE_NAMES:
         schedule, published = get_schedule(name), -golden(name, "loss_scaling")
