@@ -20,8 +20,6 @@ from bd3lm_scale.runtime import faults
 
 CHUNK_BYTES = 16 * 1024 * 1024
 ITEM_BYTES = 4
-# Folders that are never checkpoints: a save in progress, the old one of a step being replaced, one being removed.
-WRITING, REPLACED, DELETING = ".writing_", ".replaced_", ".deleting_"
 DATA_FILE = re.compile(r"[A-Za-z0-9_-]+\.safetensors")
 
 
@@ -152,10 +150,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def free_name(path: Path) -> Path:
-    """The path, or with .1, .2, ... appended when it is taken."""
-    if not path.exists():
-        return path
-    return next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.{i}")).exists())

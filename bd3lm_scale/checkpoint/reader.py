@@ -1,7 +1,6 @@
 """Reading checkpoints: any part of any tensor, under any layout, only the bytes that are asked for."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -11,29 +10,16 @@ import torch
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.files import ITEM_BYTES, StoredBox, file_problem
+from bd3lm_scale.checkpoint.folders import list_steps
 from bd3lm_scale.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from bd3lm_scale.checkpoint.state import Box, BoxIndex, CheckpointError, boxes_of
 from bd3lm_scale.values import StateSlice
 
-STEP_FOLDER = re.compile(r"step_(\d+)")
 MAX_OPEN_FILES = 64
 # Reading whole rows and cutting them is faster than one read per row while a row's part is smaller than this.
 SEPARATE_READ_BYTES = 64 * 1024
 ROWS_READ_BYTES = 16 * 1024 * 1024
 SCAN_ELEMENTS = 4 * 1024 * 1024
-
-
-def step_folder(step: int) -> str:
-    """Name of the checkpoint folder of a step."""
-    return f"step_{step:08d}"
-
-
-def list_steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every finished checkpoint in a checkpoints folder, newest first; damaged ones may be among."""
-    if not folder.is_dir():
-        return []
-    found = [(STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir()]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
 def find_checkpoint(path: str | Path, step: int | None = None) -> Path:

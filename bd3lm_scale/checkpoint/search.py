@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from bd3lm_scale.checkpoint.agreement import Agreement
-from bd3lm_scale.checkpoint.files import REPLACED, free_name
+from bd3lm_scale.checkpoint.folders import DAMAGED, free_name, list_steps, settle_replacements
 from bd3lm_scale.checkpoint.manifest import UnknownVersionError, read_manifest
-from bd3lm_scale.checkpoint.reader import CheckpointReader, list_steps, open_checkpoint
+from bd3lm_scale.checkpoint.reader import CheckpointReader, open_checkpoint
 from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.runtime.log import get_logger
 
 log = get_logger(__name__)
-
-DAMAGED = ".damaged"
 
 
 def newest_valid(folder: Path, agreement: Agreement, step: int | None = None) -> CheckpointReader | None:
@@ -53,11 +51,7 @@ def newest_valid(folder: Path, agreement: Agreement, step: int | None = None) ->
 
 
 def _list(folder: Path) -> list[tuple[int, str]]:
-    for path in folder.glob(f"{REPLACED}*"):
-        # a save died between setting the old checkpoint aside and putting the new one in its place
-        original = folder / path.name.removeprefix(REPLACED)
-        if not original.exists():
-            path.rename(original)
+    settle_replacements(folder)
     return [(number, path.name) for number, path in list_steps(folder)]
 
 

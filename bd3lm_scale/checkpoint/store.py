@@ -26,20 +26,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.agreement import Agreement
-from bd3lm_scale.checkpoint.files import (
-    DELETING,
-    REPLACED,
-    WRITING,
-    DataFile,
-    StoredBox,
-    free_name,
-    sync_folder,
-    write_data_file,
-    write_durably,
-)
+from bd3lm_scale.checkpoint.files import DataFile, StoredBox, sync_folder, write_data_file, write_durably
+from bd3lm_scale.checkpoint.folders import DELETING, WRITING, prune, put_in_place, settle_replacements, step_folder
 from bd3lm_scale.checkpoint.lock import RunLock
 from bd3lm_scale.checkpoint.manifest import MANIFEST, write_text
-from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, list_steps, open_checkpoint, step_folder
+from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.search import newest_valid
 from bd3lm_scale.checkpoint.state import KINDS, Box, boxes_of
 from bd3lm_scale.checkpoint.write import write_weights
@@ -227,15 +218,27 @@ class CheckpointStore:
         """Rank 0: remove what dead saves left, make the temporary folder; (path, problem)."""
         folder = self.folder / f"{WRITING}{step_folder(step)}_{os.getpid()}_{time.time_ns()}"
         try:
+            if foreign := self._foreign_owner():
+                return str(folder), foreign
             self.folder.mkdir(parents=True, exist_ok=True)
+            settle_replacements(self.folder)
             for prefix in (WRITING, DELETING):
                 for left in self.folder.glob(f"{prefix}*"):
                     shutil.rmtree(left, ignore_errors=True)
             folder.mkdir()
             faults.point("save:folder_made")
         except (OSError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
             return str(folder), f"rank 0: {type(error).__name__}: {error}"
         return str(folder), None
+
+    def _foreign_owner(self) -> str | None:
+        """Why this job may not touch the run folder any more; None while it may."""
+        if is_fenced(self.folder.parent):
+            return "a newer attempt of this run owns the folder"
+        if self._lock is not None and not self._lock.is_held():
+            return "another job has taken over the run folder"
+        return None
 
     def _write_own(self, folder: Path, job: _Job) -> dict[str, Any]:
         """Write this rank's file; what the others need to know about it, or why there is none."""
@@ -259,52 +262,25 @@ class CheckpointStore:
         problem = "; ".join(report["problem"] for report in reports if "problem" in report) or None
         size = sum(report.get("bytes", 0) for report in reports)
         try:
-            if problem is None and is_fenced(self.folder.parent):
-                problem = "a newer attempt of this run owns the folder"
-            if problem is None and self._lock is not None and not self._lock.is_held():
-                problem = "another job has taken over the run folder"
+            problem = problem or self._foreign_owner()
             if problem is None:
                 files = [_file_from_report(report) for report in reports if report]
                 faults.point("save:before_manifest")
                 write_durably(folder / MANIFEST, write_text(json.loads(job.meta), files))
                 sync_folder(folder)
                 faults.point("save:before_rename")
-                self._put_in_place(folder, job.step)
+                put_in_place(folder, self.folder / step_folder(job.step))
                 faults.point("save:after_rename")
-                self._prune(job.step)
+                try:
+                    prune(self.folder, job.step, self.config.keep_last, self.config.keep_every)
+                except OSError as error:
+                    log.warning("old checkpoints could not be removed: %s", error)
         # reported, not raised: the other ranks wait for the verdict
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         if problem is not None:
             shutil.rmtree(folder, ignore_errors=True)
         return problem, size
-
-    def _put_in_place(self, folder: Path, step: int) -> None:
-        final = self.folder / step_folder(step)
-        replaced = self.folder / f"{REPLACED}{step_folder(step)}"
-        if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
-            faults.point("save:replacing")
-        folder.rename(final)
-        sync_folder(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-    def _prune(self, step: int) -> None:
-        """Remove what keep_last and keep_every do not keep, and set aside the future of an abandoned line."""
-        steps = list_steps(self.folder)
-        for _, path in (item for item in steps if item[0] > step):
-            # the run went back to an earlier checkpoint and has now saved again: these are not its future any more
-            aside = free_name(path.with_name(path.name + ".abandoned"))
-            path.rename(aside)
-            log.warning("checkpoint %s is from before the run went back; set aside as %s", path.name, aside.name)
-        past = [item for item in steps if item[0] <= step]
-        every = self.config.keep_every
-        for number, path in past[max(1, self.config.keep_last) :]:
-            if not (every and number % every == 0):
-                # renamed first: a half-removed folder must not look like a damaged checkpoint
-                doomed = path.rename(free_name(path.with_name(DELETING + path.name)))
-                shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _file_from_report(report: dict[str, Any]) -> DataFile:

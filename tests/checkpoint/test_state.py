@@ -59,7 +59,7 @@ def store_all(folder, ranks):
     return store.newest()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(parameters(), layouts, layouts, st.sampled_from([8, 40, 10**6]))
 def test_any_layout_reads_as_any_other(tmp_path_factory, model, saved_as, read_as, row_bytes):
     shapes, dims = model
