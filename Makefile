@@ -17,7 +17,7 @@ train: .venv/.run  ## text -> shards -> trained model -> perplexity -> samples -
 	$(BIN)/python tools/run_demo.py
 
 demo-data: .venv/.run  ## the demo's corpus, tokenizer and shards alone (data/demo)
-	$(BIN)/python tools/run_demo.py --data-only
+	$(BIN)/python tools/prepare_data.py --demo --output data/demo
 
 test: .venv/.dev  ## the tests, without those that take minutes
 	$(BIN)/python -m pytest -m "not slurm and not faults and not slow" $(PYTEST_ARGS)
