@@ -28,6 +28,7 @@ log = get_logger(__name__)
 STEP = "step"
 ENDED = "ended"
 MIN_STEPS_FOR_MEDIAN = 3
+BEAT_BYTES = 512
 RANKS_PER_SECOND = 200  # heartbeats the shared file system gets per second, whatever the size of the run
 
 
@@ -144,7 +145,11 @@ class Watchdog:
         )
         path = self.heartbeats / f"rank_{self.rank:05d}.json"
         try:
-            path.write_text(text + "\n")
+            # one write of constant size over the old text: a reader never meets an empty or half-written file, and
+            # thousands of ranks cause no traffic of names on the file system
+            file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            os.pwrite(file, text.ljust(BEAT_BYTES).encode(), 0)
+            os.close(file)
         except OSError as error:  # a full or absent disk is no reason to end a run
             log.warning("cannot write %s: %s", path, error)
 
@@ -160,8 +165,7 @@ class Watchdog:
             time.sleep(self.interval)
             self._write()
         suspects, text = diagnose(before, read_beats(self.heartbeats.parent))
-        healthy = set(range(self.world_size)) - set(suspects)
-        if self.rank == min(healthy, default=0):
+        if self._is_first_to_tell():
             log.error(
                 "hang: no progress for %.0f s (limit %.0f s); %s; stacks in %s", still_for, limit, text, self.stacks
             )
@@ -169,6 +173,14 @@ class Watchdog:
                 self.stacks.parent / "hang.json", {"attempt": current_attempt(), "ranks": suspects, "text": text}
             )
         os._exit(ExitCode.HANG)
+
+    def _is_first_to_tell(self) -> bool:
+        """All ranks notice within moments of each other; one report is enough."""
+        try:
+            (self.stacks / f"told_{current_attempt()}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
 
 def read_beats(runtime: Path, attempt: str | None = None) -> dict[int, Beat]:
