@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from bd3lm_scale.config import ParallelConfig
 
-warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|transformer_engine).*")
+# What Megatron says about libraries that are off here on purpose.
+warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|transformer_engine|full scope is).*")
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ def _init_groups(parallel: ParallelConfig, launch: Launch, device: torch.device,
         if device.type == "cuda":
             tensor_parallel.model_parallel_cuda_manual_seed(1)
         else:
-            tensor_parallel.get_cuda_rng_tracker().add("model-parallel-rng", 1)
+            tracker = tensor_parallel.get_cuda_rng_tracker()
+            tracker.reset()
+            tracker.add("model-parallel-rng", 1)
     return Mesh(
         rank=launch.rank,
         world_size=launch.world_size,

@@ -1,0 +1,101 @@
+"""Run under torchrun: train a tiny model for a few steps under each of several layouts, one after another.
+
+    torchrun --nproc-per-node N tests/parallel/worker.py OUTPUT_DIR
+
+OUTPUT_DIR/cases.json: {"name": ["a.b=c", ...], ...}. For each case, OUTPUT_DIR/name.json gets losses, norms, hashes and the
+validation figure, and OUTPUT_DIR/name/checkpoints a checkpoint.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from bd3lm_scale.checkpoint.store import CheckpointStore
+from bd3lm_scale.config import RunConfig
+from bd3lm_scale.config_checks import check
+from bd3lm_scale.config_load import load_config
+from bd3lm_scale.data.batches import BatchPlan
+from bd3lm_scale.engine import build_engine
+from bd3lm_scale.parallel.mesh import Mesh, init_mesh, new_host_group, shutdown
+from bd3lm_scale.runtime.anomaly import AnomalyPolicy
+from bd3lm_scale.step import train_step
+from bd3lm_scale.validation import validate
+from bd3lm_scale.values import Rows
+
+VOCAB = 100
+STEPS = 5
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "data.context_length=32", "diffusion.block_size=4", "model.hidden_size=64", "model.num_heads=4",
+    "model.num_layers=4", "model.cond_dim=16", "model.dropout=0.0", "train.global_batch_size=8",
+    "train.micro_batch_size=2", "optim.warmup_steps=2", "optim.lr=0.003", "optim.ema_decay=0.9",
+    "evaluation.micro_batch_size=3", "precision=fp32", "data.path=unused", "checkpoint.asynchronous=false",
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class RandomStream:
+    """Rows drawn from their index alone."""
+
+    context_length: int
+    num_rows: int = 10
+    vocab_size: int = VOCAB
+    mask_token_id: int = VOCAB - 1
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        rows = [np.random.default_rng(int(i)).integers(0, VOCAB - 1, self.context_length) for i in index]
+        return np.stack(rows).astype(np.int64)
+
+
+def batches_of(config: RunConfig, mesh: Mesh, step: int) -> list[Rows]:
+    size = config.train.global_batch_size
+    plan = BatchPlan(size, config.train.micro_batch_size, mesh.data_rank, mesh.data_size)
+    stream = RandomStream(config.data.context_length)
+    out = []
+    for micro_step in range(plan.num_micro_batches):
+        position = plan.positions(micro_step)
+        is_real = position < size
+        tokens = stream.read(step * size + position) * is_real[:, None]
+        out.append(Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real)))
+    return out
+
+
+def run_case(name: str, overrides: list[str], output: Path, world_size: int) -> None:
+    config = load_config(ROOT / "configs" / "demo.yaml", [*TINY, *overrides])
+    check(config, world_size, VOCAB)
+    mesh = init_mesh(config.parallel, "cpu", 60)
+    group = new_host_group()
+    engine = build_engine(config, mesh, VOCAB, VOCAB - 1, group)
+    policy = AnomalyPolicy(config.runtime)
+    steps = []
+    for step in range(STEPS):
+        report, _ = train_step(engine, config, step, batches_of(config, mesh, step), (0.0, 1.0), policy)
+        steps.append(dataclasses.asdict(report))
+    result = validate(engine, config, RandomStream(config.data.context_length), rows=10, draws=2, use_ema=True)
+    store = CheckpointStore(output / name / "checkpoints", config.checkpoint, mesh.rank, world_size, group)
+    store.save(STEPS, engine.optimizer.slices(), {"optimizer_step": engine.optimizer.updates})
+    assert store.last_save is None or store.last_save.problem is None, store.last_save
+    if mesh.rank == 0:
+        record = {"steps": steps, "validation": vars(result.likelihood)}
+        (output / f"{name}.json").write_text(json.dumps(record))
+    parallel_state.destroy_model_parallel()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    output = Path(sys.argv[1])
+    cases = json.loads((output / "cases.json").read_text())
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    for name, overrides in cases.items():
+        run_case(name, overrides, output, world)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Every layout trains the same model: losses, gradient norms, streams, weights and optimizer state equal one process's.
+
+fp32 tolerance: matrix products and all-reduces sum in another order under another layout (relative 1e-7 each), and
+Adam divides by the root of second moments that may be tiny; after 5 steps losses agree to 1e-5 relative and weights to
+1e-4 of the step length times the number of steps.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bd3lm_scale.checkpoint.reader import find_checkpoint, open_checkpoint
+
+WORKER = Path(__file__).parent / "parallel" / "worker.py"
+TP2, TP4 = "parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size=4"
+PP2, PP4 = "parallel.pipeline_parallel_size=2", "parallel.pipeline_parallel_size=4"
+VPP2, SP = "parallel.virtual_pipeline_parallel_size=2", "parallel.sequence_parallel=true"
+Z2, Z3, BF16 = "optim.zero_stage=2", "optim.zero_stage=3", "precision=bf16"
+TIED, FULL = "model.tie_embeddings=true", "parallel.recompute=full"
+AR, MDLM, SEDD = ([f"diffusion.objective={name}"] for name in ("ar", "mdlm", "sedd"))
+LR, WEIGHT_TOLERANCE = 0.003, 0.003 * 5 * 1e-2
+
+# world size -> {case: (the one-process case it equals, overrides)}
+CASES = {
+    1: {
+        "plain": ("plain", []),
+        "tied": ("tied", [TIED]),
+        "single": ("single", ["diffusion.block_size=1"]),
+        "whole": ("whole", ["diffusion.block_size=32"]),
+        "ar": ("ar", AR),
+        "sedd": ("sedd", SEDD),
+        "mdlm": ("mdlm", MDLM),
+        "bf16": ("bf16", [BF16]),
+        "clipped": ("clipped", ["optim.grad_clip=0.05"]),
+        "one_micro_batch": ("plain", ["train.micro_batch_size=8"]),
+        "one_row_micro_batches": ("plain", ["train.micro_batch_size=1"]),
+        "recompute": ("plain", [FULL]),
+        "recompute_attention": ("plain", ["parallel.recompute=selective"]),
+        "zero2": ("plain", [Z2]),
+        "zero3": ("plain", [Z3]),
+        "dense_attention": ("plain", ["model.attention=dense"]),
+    },
+    2: {
+        "dp2": ("plain", []),
+        "tp2": ("plain", [TP2]),
+        "tp2_sp": ("plain", [TP2, SP]),
+        "pp2": ("plain", [PP2]),
+        "dp2_zero2": ("plain", [Z2]),
+        "dp2_zero3": ("plain", [Z3]),
+        "pp2_vpp2": ("plain", [PP2, VPP2]),
+        "pp2_tied": ("tied", [PP2, TIED]),
+        "tp2_zero3_tied": ("tied", [TP2, Z3, TIED]),
+        "tp2_single": ("single", [TP2, "diffusion.block_size=1"]),
+        "pp2_whole": ("whole", [PP2, "diffusion.block_size=32"]),
+        "pp2_ar": ("ar", [PP2, *AR]),
+        "tp2_sp_sedd": ("sedd", [TP2, SP, *SEDD]),
+        "pp2_sedd": ("sedd", [PP2, *SEDD]),
+        "tp2_bf16": ("bf16", [TP2, BF16]),
+        "dp2_zero3_bf16": ("bf16", [Z3, BF16]),
+        "tp2_clipped": ("clipped", [TP2, "optim.grad_clip=0.05"]),
+    },
+    3: {
+        "dp3": ("plain", []),
+        "dp3_zero3": ("plain", [Z3]),
+        "dp3_zero2": ("plain", [Z2]),
+    },
+    4: {
+        "tp4": ("plain", [TP4]),
+        "pp4": ("plain", [PP4]),
+        "dp4": ("plain", []),
+        "tp2_pp2": ("plain", [TP2, PP2]),
+        "tp2_pp2_sp": ("plain", [TP2, PP2, SP]),
+        "tp2_pp2_vpp2_sp_recompute": ("plain", [TP2, PP2, VPP2, SP, FULL]),
+        "tp2_dp2_zero2_sp": ("plain", [TP2, SP, Z2]),
+        "tp2_dp2_zero3_sp_recompute": ("plain", [TP2, SP, Z3, FULL]),
+        "pp2_dp2_zero2": ("plain", [PP2, Z2, "parallel.experimental=true"]),
+        "pp2_dp2_tied": ("tied", [PP2, TIED]),
+        "tp2_pp2_sp_tied": ("tied", [TP2, PP2, SP, TIED]),
+        "tp2_pp2_bf16": ("bf16", [TP2, PP2, BF16]),
+        "tp2_pp2_mdlm": ("mdlm", [TP2, PP2, *MDLM]),
+        "pp2_dp2_clipped": ("clipped", [PP2, "optim.grad_clip=0.05"]),
+    },
+}  # fmt: skip
+ALL = {name: (world, *case) for world, cases in CASES.items() for name, case in cases.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(world: int, folder: Path, cases: dict[str, list[str]]) -> None:
+    """All cases of one world size in one set of processes."""
+    folder.mkdir(exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(free_port())]
+    command = [sys.executable, *torchrun, str(WORKER), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    causes = [part for part in done.stderr.split("Traceback") if "ChildFailedError" not in part]
+    assert done.returncode == 0, "\n".join(causes)[-6000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    found = {}
+    for world, cases in CASES.items():
+        launch(world, folder / str(world), {name: overrides for name, (_, overrides) in cases.items()})
+        for name in cases:
+            record = json.loads((folder / str(world) / f"{name}.json").read_text())
+            record["checkpoint"] = open_checkpoint(find_checkpoint(folder / str(world) / name))
+            found[name] = record
+    return found
+
+
+@pytest.mark.parametrize("name", [n for n, (_, twin, _) in ALL.items() if n != twin])
+def test_layout_equals_one_process(results, name):
+    _, twin, overrides = ALL[name]
+    here, serial = results[name], results[twin]
+    is_bf16 = BF16 in overrides
+    loss_tolerance, norm_tolerance = (2e-3, 5e-3) if is_bf16 else (1e-5, 1e-5)
+    for a, b in zip(here["steps"], serial["steps"], strict=True):
+        assert a["stream_hash"] == b["stream_hash"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=loss_tolerance)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=norm_tolerance)
+    assert here["validation"]["nelbo"] == pytest.approx(serial["validation"]["nelbo"], rel=loss_tolerance)
+    assert here["validation"]["num_tokens"] == serial["validation"]["num_tokens"]
+    ours, theirs = here["checkpoint"], serial["checkpoint"]
+    assert ours.names() == theirs.names()
+    for parameter in theirs.names():
+        for kind in ("master", "ema"):
+            difference = (ours.read(parameter, kind) - theirs.read(parameter, kind)).abs().max().item()
+            # Adam moves every weight by about the learning rate whatever its gradient: bf16 noise can flip a sign.
+            assert difference <= (2 * LR * 5 if is_bf16 else WEIGHT_TOLERANCE), (parameter, kind, difference)
+
+
+def test_training_moves_weights_further_than_the_tolerance(results):
+    """The comparison above would notice a layout that does not train."""
+    reader, start = results["plain"]["checkpoint"], results["tied"]["checkpoint"]
+    moved = (reader.read("head.output.weight")).abs().max().item()
+    assert moved > 20 * WEIGHT_TOLERANCE
+    assert not torch.equal(reader.read("embedding.weight"), start.read("embedding.weight"))
+
+
+def test_losses_fall_and_streams_differ_by_step(results):
+    hashes = {step["stream_hash"] for step in results["plain"]["steps"]}
+    assert len(hashes) == 5
+    assert results["clipped"]["steps"][-1]["loss"] != results["plain"]["steps"][-1]["loss"]
