@@ -47,8 +47,7 @@ def summary(config: RunConfig, world_size: int, vocab_size: int | None = None) -
         f"parameters  {count(config, vocab):,}, without embedding and head "
         f"{count(config, vocab, with_embeddings=False):,}",
         f"step        {_step(config, world_size)}",
-        f"training    {config.train.steps:,} steps = "
-        f"{config.train.steps * config.train.global_batch_size * config.data.context_length / 1e9:,.4g} billion tokens",
+        f"training    {config.train.steps:,} steps = {_amount(_num_tokens(config))} tokens",
         "",
         *_stage_table(config, world_size, vocab),
         "",
@@ -56,6 +55,18 @@ def summary(config: RunConfig, world_size: int, vocab_size: int | None = None) -
         *_memory_table(config, world_size, vocab),
     ]
     return "\n".join(lines)
+
+
+def _num_tokens(config: RunConfig) -> int:
+    return config.train.steps * config.train.global_batch_size * config.data.context_length
+
+
+def _amount(number: float) -> str:
+    """262144000000 as "262.1 billion"."""
+    for size, name in ((1e9, " billion"), (1e6, " million")):
+        if number >= size:
+            return f"{number / size:,.1f}{name}"
+    return f"{number:,.0f}"
 
 
 def _objective(config: RunConfig) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,8 @@ def test_summary_says_what_matters():
     ):
         assert words in text, text
     assert "assumed" in summary(make(), 1)
+    few = replace(make(), train=replace(make().train, steps=10))
+    assert "10 steps = 5.2 million tokens" in summary(few, 1)
     assert "assumed" not in summary(make(), 1, 4096)
 
 
