@@ -79,7 +79,6 @@ INTERVALS = {
     "sampling.window": "[1, inf)",
     "sampling.min_entropy": "[0, inf)",
     "sampling.max_redraws": "[0, inf)",
-    "sampling.max_redraws": "[0, inf)",
     "sampling.seed": "[0, 9223372036854775807]",
     "checkpoint.every_steps": "[1, inf)",
     "checkpoint.keep_last": "[1, inf)",
