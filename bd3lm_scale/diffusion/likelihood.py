@@ -70,7 +70,8 @@ class LikelihoodSums:
             loss_RJ: total loss in nats of each row under each of its J noise draws; (R,) is one draw.
             tokens_R: number of tokens that each row's loss is over.
         """
-        loss_RJ = loss_RJ.detach().double().cpu().reshape(len(tokens_R), -1)
+        loss_RJ = loss_RJ.detach().double().cpu()
+        loss_RJ = loss_RJ[:, None] if loss_RJ.dim() == 1 else loss_RJ  # R may be 0: a batch of padding rows
         n_R = tokens_R.double().cpu()
         draws = loss_RJ.shape[1]
         x_R = loss_RJ.mean(1)
