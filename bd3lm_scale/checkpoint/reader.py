@@ -1,4 +1,8 @@
-"""Reading checkpoints: any part of any tensor, under any layout, only the bytes that are asked for."""
+"""Reading checkpoints: any part of any tensor, under any layout, only the bytes that are asked for.
+
+No number leaves a file whose SHA-256 was not compared: by verify(), by the search for the newest checkpoint, or else by
+the first read from that file.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -55,7 +59,7 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
 
 
 def open_checkpoint(path: str | Path) -> "CheckpointReader":
-    """Open a checkpoint folder (for a run folder use find_checkpoint first); contents are checked by verify().
+    """Open a checkpoint folder (for a run folder use find_checkpoint first).
 
     Raises:
         CheckpointError: no valid manifest, or a file that is missing or has another size; names the file.
@@ -81,6 +85,7 @@ class CheckpointReader:
         self.manifest = manifest
         self.meta = manifest.meta
         self._open_files: dict[str, int] = {}
+        self._verified: set[str] = set()
         self._stored: dict[tuple[str, str], list[tuple[str, StoredBox]]] = {}
         for file in manifest.files:
             for stored in file.boxes:
@@ -200,22 +205,32 @@ class CheckpointReader:
         """Read `out` (1-D, contiguous) from a byte position; plain reads, because a mapped file that shrinks kills."""
         if not out.size:
             return
-        if file not in self._open_files:
-            if len(self._open_files) >= MAX_OPEN_FILES:
-                self.close()
-            try:
-                self._open_files[file] = os.open(self.path / file, os.O_RDONLY)
-            except OSError as error:
-                raise CheckpointError(f"{self.path / file} cannot be opened: {error}") from error
+        descriptor = self._open_files.get(file)
+        if descriptor is None:
+            descriptor = self._open(file)
         view = out.data.cast("B")
         try:
             while view:
-                count = os.preadv(self._open_files[file], [view], position)
+                count = os.preadv(descriptor, [view], position)
                 if count == 0:
                     raise CheckpointError(f"{self.path / file} ends before its data does: it was truncated")
                 view, position = view[count:], position + count
         except OSError as error:
             raise CheckpointError(f"{self.path / file} cannot be read: {error}") from error
+
+    def _open(self, name: str) -> int:
+        if name not in self._verified:
+            (file,) = (file for file in self.manifest.files if file.name == name)
+            if problem := file_problem(self.path / name, file.size_bytes, file.sha256):
+                raise CheckpointError(f"{self.path} is damaged: {problem}")
+            self._verified.add(name)
+        if len(self._open_files) >= MAX_OPEN_FILES:
+            self.close()
+        try:
+            self._open_files[name] = os.open(self.path / name, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name} cannot be opened: {error}") from error
+        return self._open_files[name]
 
     def scan(self) -> Iterator[tuple[StoredBox, np.ndarray]]:
         """All data in the order it is stored, in pieces of bounded size (flat arrays)."""
@@ -240,5 +255,14 @@ class CheckpointReader:
         """
         # largest first, dealt in turn, so that the shares are even
         files = sorted(self.manifest.files, key=lambda file: (-file.size_bytes, file.name))
-        found = (file_problem(self.path / f.name, f.size_bytes, f.sha256, progress) for f in files[rank::world_size])
-        return [problem for problem in found if problem]
+        problems = []
+        for file in files[rank::world_size]:
+            if problem := file_problem(self.path / file.name, file.size_bytes, file.sha256, progress):
+                problems.append(problem)
+            else:
+                self._verified.add(file.name)
+        return problems
+
+    def trust(self) -> None:
+        """Take the other ranks' word that every file is good (each of them verified its share)."""
+        self._verified = {file.name for file in self.manifest.files}

@@ -33,7 +33,8 @@ def newest_valid(folder: Path, agreement: Agreement, step: int | None = None) ->
             continue
         reader, reports = _examine(folder / name, agreement)
         reason = agreement.decide(lambda name=name, reports=reports: _judge(folder / name, reports))
-        if reason is None:
+        if reason is None and reader is not None:
+            reader.trust()
             return reader
         if step is not None:
             raise CheckpointError(f"the checkpoint of step {step} is damaged: {reason}")

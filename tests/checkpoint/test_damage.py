@@ -246,3 +246,12 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(run):
     truncate(reader.path / FILES[1], lambda size: size // 2)
     with pytest.raises(CheckpointError, match=r"part_00001\.safetensors ends before its data"):
         list(reader.scan())
+
+
+def test_no_number_leaves_a_damaged_file_even_without_verify(run):
+    """evaluate, sample and init_from open a checkpoint without searching a run."""
+    flip(run / "checkpoints" / "step_00000002" / FILES[2], lambda size: size - 1)
+    reader = open_checkpoint(find_checkpoint(run))
+    assert reader.meta["step"] == 2
+    with pytest.raises(CheckpointError, match=r"part_00002\.safetensors does not have the SHA-256"):
+        assert_is_step(reader, 2)
