@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bd3lm_scale.evaluate_judge import DTYPES, Judge, JudgedText, JudgeMissing, judge_texts, load_judge, windows
 
 SUFFIX = ".evaluation.json"
-_COPIED_FIELDS = ("sampler", "length", "checkpoint", "step", "objective", "block_size", "nucleus_p")
+_COPIED_FIELDS = ("sampler", "length", "step", "objective", "block_size", "nucleus_p", "stop_at_eos")
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
@@ -96,18 +96,25 @@ def _judged_figures(judged: Sequence[JudgedText]) -> dict[str, Any]:
     }
 
 
+def judge_text(sample: dict[str, Any], judge: Judge) -> str:
+    """A sample's text with its own end-of-text mark written as the judge's."""
+    mark = sample.get("end_of_text")
+    return sample["text"].replace(mark, judge.eos_token or "") if mark else sample["text"]
+
+
 def evaluate_file(path: Path, judge: Judge | None, args: argparse.Namespace) -> dict[str, Any]:
     """Figures of one file, written beside it."""
     samples = read_samples(path)
     judged = None
     if judge is not None:
-        limits = [args.max_tokens or s.get("length") for s in samples]
-        lengths = [len(judge.encode(s["text"])[:limit]) for s, limit in zip(samples, limits, strict=True)]
+        texts = [judge_text(sample, judge) for sample in samples]
+        limits = [args.max_tokens or sample.get("length") for sample in samples]
+        lengths = [len(judge.encode(text)[:limit]) for text, limit in zip(texts, limits, strict=True)]
         total = sum(len(windows(n, args.context, args.stride)) for n in lengths if n > 1)
         with tqdm(total=total, desc=f"judging {path.name}", unit="window", disable=not sys.stderr.isatty()) as bar:
             judged = judge_texts(
                 judge,
-                [s["text"] for s in samples],
+                texts,
                 max_tokens=limits,
                 context=args.context,
                 stride=args.stride,

@@ -35,7 +35,7 @@ class Judge:
         name: what it was loaded from.
         model: returns an object with `logits` (W, C, V).
         encode: text to ids; special tokens in the text become special ids.
-        eos_token_id: targets with this id are not scored.
+        eos_token, eos_token_id: end of text; such targets are not scored.
         max_context: most tokens the model can read.
         device: where the model is.
     """
@@ -43,6 +43,7 @@ class Judge:
     name: str
     model: Any
     encode: Callable[[str], list[int]]
+    eos_token: str | None
     eos_token_id: int | None
     max_context: int
     device: torch.device
@@ -99,6 +100,7 @@ def load_judge(name: str, device: torch.device | str = "cpu", precision: str = "
         name=name,
         model=model.eval().to(device),
         encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        eos_token=tokenizer.eos_token,
         eos_token_id=tokenizer.eos_token_id,
         max_context=min([limit for limit in limits if limit] or [2**31]),
         device=torch.device(device),
@@ -141,7 +143,7 @@ def judge_texts(
     context: int = 1024,
     stride: int = 512,
     batch_size: int = 4,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], object] = lambda done: None,
 ) -> list[JudgedText]:
     """Score each text.
 

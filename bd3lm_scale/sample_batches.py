@@ -78,7 +78,7 @@ def run_sampler(
     network: Any,
     request: SampleRequest,
     config: RunConfig,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> SampleResult:
     """Sample one batch with the sampler that the configuration names.
 
@@ -103,8 +103,7 @@ def run_sampler(
         length = config.data.context_length
         plan = window_plan(request.length, length)
         return sample_blocks(WindowDenoiser(network, length), fill, request, plan, on_progress)
-    has_cache = sampling.kv_cache and not sampling.recompute_window
-    plan = BlockPlan(config.block_size, config.block_size, commit_runs_network=has_cache)
+    plan = BlockPlan(config.block_size, config.block_size, commit_runs_network=sampling.kv_cache)
     return sample_blocks(network, fill, request, plan, on_progress)
 
 
@@ -117,7 +116,7 @@ def draw_samples(
     mask_token_id: int,
     eos_token_id: int,
     device: Any = "cpu",
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> Iterator[Sample]:
     """Samples in batches of sampling.batch_size, yielded batch by batch.
 

@@ -32,7 +32,7 @@ def sample_analytic(
     request: SampleRequest,
     schedule: Schedule,
     steps: int,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> SampleResult:
     """Sample a batch of whole sequences.
 

@@ -17,7 +17,7 @@ _POSITIONS_DRAWN_TOGETHER = 64
 
 
 def sample_next_tokens(
-    model: NextToken, request: SampleRequest, on_progress: Callable[[int], None] | None = None
+    model: NextToken, request: SampleRequest, on_progress: Callable[[int], object] | None = None
 ) -> SampleResult:
     """Sample a batch; what all prompts cover is fed at once, longer prompts are fed token by token.
 

@@ -97,7 +97,7 @@ def sample_blocks(
     fill: FillBlock,
     request: SampleRequest,
     plan: BlockPlan,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> SampleResult:
     """Sample a batch.
 
