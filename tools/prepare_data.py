@@ -5,19 +5,28 @@ Interrupted, the same command goes on from the last finished shard; finished, it
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 
-from bd3lm_scale.data import documents
+from tqdm import tqdm
+
 from bd3lm_scale.data.demo_corpus import demo_documents
-from bd3lm_scale.data.prepare import Preparation, prepare
+from bd3lm_scale.data.detokenize import DETOKENIZERS
+from bd3lm_scale.data.documents import Options, find_inputs
+from bd3lm_scale.data.estimate import estimate
+from bd3lm_scale.data.packing import SPLITS
+from bd3lm_scale.data.prepare import prepare
 from bd3lm_scale.data.shards import Manifest, write_file
+from bd3lm_scale.data.tokenising import Preparation, Unit, file_size
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
 
 DEMO_VOCAB_SIZE = 4096
+DEFAULT_VALIDATION_FRACTION = 0.005
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,46 +34,66 @@ def main(argv: list[str] | None = None) -> int:
     started_at = time.perf_counter()
     try:
         task = _demo_task(args) if args.demo else _task(args)
-        manifests = prepare(task, args.tokenizer, Path(args.output), args.workers)
+        if args.dry_run:
+            _print_estimate(task, args)
+            return 0
+        manifests = _prepare_with_progress(task, args)
     except (ValueError, OSError, RuntimeError) as problem:
         print(f"prepare_data: {problem}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("prepare_data: stopped; the same command goes on from the last finished shard", file=sys.stderr)
+        return 130
     _print_counts(manifests, time.perf_counter() - started_at)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files or folders")
-    parser.add_argument("--tokenizer", help="SentencePiece .model, BERT vocab.txt, GPT-2 or Hugging Face folder")
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--demo", action="store_true", help="the demo corpus and its tokenizer in place of inputs")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that tokenise; 0: this one")
-    parser.add_argument("--field", default="text", help="field of the text in JSON and tables")
-    parser.add_argument("--document", choices=("file", "line", "paragraph"), default="file", help="in .txt files")
-    parser.add_argument("--validation-input", nargs="+", default=[], metavar="INPUT", help="goes to validation whole")
-    parser.add_argument(
-        "--validation-documents", type=int, default=0, metavar="N", help="hold out the last N documents"
-    )
-    parser.add_argument("--validation-fraction", type=float, metavar="F", help="hold out this share, chosen by hash")
-    parser.add_argument("--no-eos", action="store_true", help="put no EOS between documents")
-    parser.add_argument("--shard-tokens", type=int, default=1 << 25)
-    parser.add_argument("--chunk-tokens", type=int, default=1 << 16)
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help="files, folders or URLs: .txt .jsonl[.gz|.zst] .parquet .tar, ...")
+    add("--tokenizer", help="SentencePiece .model, BERT vocab.txt, GPT-2 or Hugging Face folder")
+    add("--output", help="folder to write")
+    add("--demo", action="store_true", help="the demo corpus and its tokenizer in place of INPUT and --tokenizer")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise (default: one per core)")
+    add("--field", default="text", help="field of the text in JSON objects and columns of tables")
+    add("--document", choices=("file", "line", "paragraph"), default="file", help="what a document is in .txt files")
+    add("--keep-newlines", action="store_true", help="with --document line: keep each line's newline")
+    add("--detokenizer", choices=sorted(DETOKENIZERS), help="undo an evaluation set's tokenisation")
+    add("--validation-input", nargs="+", default=[], metavar="INPUT", help="files that go to validation whole")
+    add("--validation-documents", type=int, default=0, metavar="N", help="hold out the last N documents")
+    add("--validation-fraction", type=float, metavar="F", help="hold out this share of the documents, chosen by hash")
+    add("--validation-only", action="store_true", help="everything goes to validation: an evaluation set")
+    add("--no-eos", action="store_true", help="put no EOS after documents")
+    add("--shard-tokens", type=int, default=1 << 25, help="tokens per shard (default: %(default)s)")
+    add("--chunk-tokens", type=int, default=1 << 16, help="tokens per member of a shard (default: %(default)s)")
+    add("--dry-run", action="store_true", help="tokenise a sample and print what the whole would be")
     return parser
 
 
 def _task(args) -> Preparation:
-    if not args.inputs or not args.tokenizer:
-        raise ValueError("give INPUT... and --tokenizer (or --demo)")
+    """The command line as a Preparation (ValueError naming the option)."""
+    missing = [name for name in ("inputs", "tokenizer") if not getattr(args, name)]
+    if missing or not (args.output or args.dry_run):
+        raise ValueError("give INPUT..., --tokenizer and --output (or --demo and --output)")
+    rules = [args.validation_input, args.validation_documents, args.validation_fraction, args.validation_only]
+    if sum(bool(rule) for rule in rules) > 1:
+        raise ValueError("--validation-input, -documents, -fraction and -only exclude each other; give one")
+    if args.validation_documents < 0 or args.shard_tokens < 1 or args.chunk_tokens < 1 or args.workers < 0:
+        raise ValueError("--validation-documents, --shard-tokens, --chunk-tokens and --workers must not be negative")
     fraction = args.validation_fraction
     if fraction is None:
-        fraction = 0.0 if args.validation_documents or args.validation_input else 0.005
+        fraction = 0.0 if any(rules) else DEFAULT_VALIDATION_FRACTION
+    if not 0 <= fraction < 1:
+        raise ValueError(f"--validation-fraction {fraction}: must be at least 0 and below 1")
+    inputs = tuple(find_inputs(args.inputs))
     return Preparation(
-        inputs=tuple(documents.find_inputs(args.inputs)),
-        validation_inputs=tuple(documents.find_inputs(args.validation_input)),
+        inputs=() if args.validation_only else inputs,
+        validation_inputs=inputs if args.validation_only else tuple(find_inputs(args.validation_input)),
         validation_documents=args.validation_documents,
         validation_fraction=fraction,
-        options=documents.Options(field=args.field, document=args.document),
+        options=Options(field=args.field, document=args.document, keep_newlines=args.keep_newlines),
+        detokenizer=args.detokenizer,
         insert_eos=not args.no_eos,
         shard_tokens=args.shard_tokens,
         chunk_tokens=args.chunk_tokens,
@@ -73,28 +102,56 @@ def _task(args) -> Preparation:
 
 def _demo_task(args) -> Preparation:
     """Write the demo corpus and its tokenizer beside the shards, unless they are there."""
+    if not args.output:
+        raise ValueError("--demo: give --output, for example data/demo")
     folder = Path(args.output) / "corpus"
     folder.mkdir(parents=True, exist_ok=True)
-    corpus = folder / "python_library.jsonl"
+    corpus, model = folder / "python_library.jsonl", folder / "tokenizer.model"
     if not corpus.exists():
         lines = [json.dumps({"text": text, "name": name}) for name, text in demo_documents()]
         write_file(corpus, "\n".join(lines) + "\n")
-    args.tokenizer = str(folder / "tokenizer.model")
-    if not Path(args.tokenizer).exists():
+    if not model.exists():
         texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
         train_sentencepiece(texts[::3], folder, vocab_size=DEMO_VOCAB_SIZE)
-    args.workers = min(args.workers, 2)
+    args.tokenizer = str(model)
     return Preparation(inputs=(str(corpus),), validation_fraction=0.05, shard_tokens=1 << 18, chunk_tokens=1 << 14)
+
+
+def _prepare_with_progress(task: Preparation, args) -> dict[str, Manifest]:
+    sizes = [file_size(path) or 0 for path in task.files]
+    before = [sum(sizes[:file]) for file in range(len(sizes))]
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="preparing", disable=not sys.stderr.isatty()) as bar:
+
+        def report(unit: Unit, tokens: int) -> None:
+            bar.set_postfix_str(f"{tokens / 1e6:,.1f}M tokens", refresh=False)
+            bar.update(before[unit.file] + unit.bytes_read - bar.n)
+
+        try:
+            return prepare(task, args.tokenizer, Path(args.output), args.workers, report)
+        except ValueError:
+            if not args.demo:
+                raise
+        # the demo's folder is ours: shards of an older version are made anew
+        for name in (*SPLITS, "tokenizer"):
+            shutil.rmtree(Path(args.output) / name, ignore_errors=True)
+        (Path(args.output) / "progress.jsonl").unlink(missing_ok=True)
+        return prepare(task, args.tokenizer, Path(args.output), args.workers, report)
 
 
 def _print_counts(manifests: dict[str, Manifest], seconds: float) -> None:
     for split, manifest in manifests.items():
         print(
             f"{split}: {manifest.num_documents:,} documents, {manifest.num_text_bytes:,} bytes of text, "
-            f"{manifest.num_tokens:,} tokens ({manifest.num_text_bytes / manifest.num_tokens:.2f} bytes each), "
+            f"{manifest.num_tokens:,} tokens ({manifest.num_text_bytes / max(1, manifest.num_tokens):.2f} bytes each), "
             f"{len(manifest.shards)} shards"
         )
     print(f"{seconds:.1f} s")
+
+
+def _print_estimate(task: Preparation, args) -> None:
+    figures = dataclasses.asdict(estimate(task, args.tokenizer, max(1, args.workers)))
+    for name, value in figures.items():
+        print(f"{name:<20} {value:,.2f}" if isinstance(value, float) else f"{name:<20} {value:,}")
 
 
 if __name__ == "__main__":

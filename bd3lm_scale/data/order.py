@@ -60,13 +60,13 @@ class RowOrder:
             shard[chosen], row[chosen] = self._locate_in_epoch(int(number), place[chosen])
         return self._substitute(sample_index, shard, row) if self.excluded else (shard, row)
 
-    def shards_needed(self, sample_index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards of the window that holds this sample, and those of the next window of the epoch (maybe none)."""
+    def shards_needed(self, sample_index: int) -> list[int]:
+        """Shards of the window that holds this sample and of the next one, which the epoch's end may cut off."""
         epoch, place = divmod(int(sample_index), self.num_rows)
         table = self._table(epoch)
         window = int(np.searchsorted(table.window_start, place, side="right")) - 1
-        cut = [table.shard[w * self.window : (w + 1) * self.window] for w in (window, window + 1)]
-        return cut[0], cut[1]
+        needed = table.shard[window * self.window : (window + 2) * self.window].tolist()
+        return [shard for shard in needed if shard not in self.excluded and self.rows_per_shard[shard]]
 
     def _table(self, epoch: int) -> _EpochTable:
         if epoch not in self._tables:

@@ -14,7 +14,6 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,11 +146,11 @@ def shard_from_json(entry: dict) -> Shard:
     )
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write a small file so that it is either absent, the old one, or complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
@@ -207,7 +206,6 @@ def write_shard(
     file = _HashingFile(temporary)
     token_members, document_members = [], []
     try:
-        # mypy-style stubs want IO[bytes]; tarfile only ever calls write() and tell() here
         with tarfile.open(mode="w|", fileobj=file, format=tarfile.USTAR_FORMAT, bufsize=1 << 20) as tar:
             for chunk, start in enumerate(range(0, len(tokens), chunk_tokens)):
                 stop = min(start + chunk_tokens, len(tokens))
@@ -239,8 +237,3 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int,
     tar.addfile(info, io.BytesIO(data))
     padded = -(-len(data) // _TAR_BLOCK) * _TAR_BLOCK
     return tar.offset - padded, len(data), zlib.crc32(data)
-
-
-def concatenate(arrays: Iterable[np.ndarray], dtype: str) -> np.ndarray:
-    """Concatenation that also works for no arrays."""
-    return np.concatenate([np.zeros(0, dtype), *arrays])

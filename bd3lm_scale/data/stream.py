@@ -4,12 +4,18 @@ open_stream(config.data, seed) -> RowStream;   RowStream.read(sample_index) -> (
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
 
 from bd3lm_scale.config import DataConfig
-from bd3lm_scale.data.source import RowSource, paths_of
+from bd3lm_scale.data.files import open_cache
+from bd3lm_scale.data.shard_source import inside, paths_of
+from bd3lm_scale.data.shards import TokenizerIdentity
+from bd3lm_scale.data.source import Source, open_source
+from bd3lm_scale.data.storage import is_remote, retrying, transfer
+from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.values import Cursor
 
 _START = Cursor()
@@ -20,6 +26,7 @@ class RowStream:
     """Rows of context_length tokens, each a pure function of (seed, manifest, excluded shards, sample index).
 
     Attributes:
+        source: what reads them, in this process; worker processes make their own.
         num_rows: rows per epoch (validation: rows there are).
         vocab_size: ids, the mask included.
         mask_token_id: id of the mask.
@@ -27,7 +34,7 @@ class RowStream:
         tokenizer_hash: its identity.
     """
 
-    source: RowSource
+    source: Source
     num_rows: int
     vocab_size: int
     mask_token_id: int
@@ -40,8 +47,7 @@ class RowStream:
 
     def without(self, excluded: tuple[str, ...]) -> "RowStream":
         """The same stream going without these shards (and only these)."""
-        old = self.source
-        return dataclasses.replace(self, source=RowSource(old.config, old.seed, old.split, excluded))
+        return dataclasses.replace(self, source=self.source.without(excluded))
 
     def close(self) -> None:
         """Close all files."""
@@ -62,7 +68,30 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split {split!r}: use train or validation")
-    source = RowSource(config, seed, split, tuple(cursor.excluded_shards))
+    source = open_source(config, seed, split, tuple(cursor.excluded_shards))
     identity = source.tokenizer
-    folder = str(Path(paths_of(config)[0]) / "tokenizer")
+    folder = str(config.tokenizer) if config.stream_text else _tokenizer_folder(config, identity)
     return RowStream(source, source.num_rows, identity.vocab_size, identity.mask_token_id, folder, identity.hash)
+
+
+def _tokenizer_folder(config: DataConfig, identity: TokenizerIdentity) -> str:
+    """Local folder of the tokenizer beside the shards, which must be the one that made them (ValueError)."""
+    path = paths_of(config)[0]
+    folder = Path(inside(path, "tokenizer"))
+    if is_remote(path):
+        cache = open_cache(config)
+        folder = cache.folder / f".tokenizer-{identity.hash[:16]}"
+        folder.mkdir(exist_ok=True)
+        for name in identity.files:
+            if not (folder / name).exists():
+                part = folder / f".{name}.{os.getpid()}.part"
+                address = inside(path, f"tokenizer/{name}")
+                retrying(lambda a=address, p=part: transfer(a, p, config.timeout_seconds), config.retries)
+                part.rename(folder / name)
+    found = load_tokenizer(folder)
+    if found.hash != identity.hash:
+        raise ValueError(
+            f"data.path ({path}): the shards were made with tokenizer {identity.hash[:12]}, but {folder} holds "
+            f"{found.hash[:12]}; put the right one back, or run tools/prepare_data.py again"
+        )
+    return str(folder)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from bd3lm_scale.data.shards import TokenizerIdentity
+
 MASK_PIECE = "<mask>"
 _SPACE_SYMBOL = "\u2581"  # what SentencePiece writes for a space
 _GPT2_EOS = "<|endoftext|>"
@@ -130,6 +132,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     raise ValueError(
         f"tokenizer {path}: {'nothing there' if not path.exists() else 'not recognised'}; give a SentencePiece "
         ".model, a BERT vocab.txt, or a folder with tokenizer.json, vocab.json + merges.txt, vocab.txt or one .model"
+    )
+
+
+def identity_of(tokenizer: Tokenizer) -> TokenizerIdentity:
+    """What shards made with this tokenizer remember of it."""
+    return TokenizerIdentity(
+        hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+        mask_token_id=tokenizer.mask_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        files=tokenizer.file_names,
     )
 
 

@@ -1,9 +1,10 @@
 """SentencePiece models that lose nothing: decode(encode(text)) == text for every text."""
 
-import os
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from bd3lm_scale.data.shards import write_file
 from bd3lm_scale.data.tokenizer import MASK_PIECE
 
 _MAX_PIECE_BYTES = 4096
@@ -26,14 +27,12 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / ".tokenizer"
+    written = io.BytesIO()
     sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_lines(texts, max_bytes),
-            model_prefix=str(temporary),
+            model_writer=written,  # a model_prefix would be stored in the model: equal trainings would differ
             vocab_size=vocab_size,
             model_type=model_type,
             normalization_rule_name="identity",
@@ -59,9 +58,10 @@ def train_sentencepiece(
             f"tokenizer: cannot train {vocab_size} pieces on this text ({reason}); give more text or a smaller "
             "--vocab-size"
         ) from problem
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
     model = output / "tokenizer.model"
-    os.replace(f"{temporary}.model", model)
-    os.unlink(f"{temporary}.vocab")
+    write_file(model, written.getvalue())
     return model
 
 

@@ -1,7 +1,7 @@
 """A data worker: a small process that reads rows ahead of the training process.
 
-    requests  (standard input)   {"slot", "step", "generation", "index": [...], "excluded": [...]}   one JSON per line
-    answers   (standard output)  {"slot", "step", "generation", "rows"} or {..., "error", "shard"}
+    requests  (standard input)   {"step", "slot", "generation", "origin", "index": [...], "excluded": [...]}
+    answers   (standard output)  {"step", "slot", "generation", "rows"} or {..., "error", "shard"}; one JSON per line
     rows                         in shared memory, slot after slot
 
 It is started with SIGTERM, SIGINT and SIGUSR1 blocked (a scheduler signals every process of a step) and ends
@@ -21,7 +21,7 @@ import numpy as np
 
 from bd3lm_scale.config import DataConfig, MixtureSource
 from bd3lm_scale.data.shards import BadShardError
-from bd3lm_scale.data.source import RowSource
+from bd3lm_scale.data.source import Source, open_source
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _PARENT_POLL_SECONDS = 1.0
@@ -51,43 +51,56 @@ def _listen(requests: queue.SimpleQueue, latest: list[int], parent: int) -> None
             requests.put(request)
 
 
-def _serve(source: RowSource, memory: np.ndarray, request: dict) -> tuple[RowSource, dict]:
-    answer = {key: request[key] for key in ("slot", "step", "generation")}
-    try:
-        excluded = tuple(request["excluded"])
-        if excluded != source.excluded:
-            source.close()
-            source = RowSource(source.config, source.seed, source.split, excluded)
-        rows = source.read(np.array(request["index"], np.int64))
-        memory[request["slot"], : len(rows)] = rows
-        answer["rows"] = len(rows)
-    except BadShardError as problem:
-        answer |= {"error": problem.reason, "shard": problem.shard}
-    except (ValueError, OSError, RuntimeError) as problem:
-        answer |= {"error": str(problem), "shard": None}
-    return source, answer
+class _Server:
+    """Answers requests, one after another."""
+
+    def __init__(self, setup: dict):
+        self._setup = setup
+        self._memory = np.frombuffer(mmap.mmap(setup["memory"], 0), setup["dtype"]).reshape(setup["shape"])
+        self._source: Source | None = None
+
+    def answer(self, request: dict) -> dict:
+        """Read the rows into memory and say so, or what went wrong."""
+        answer = {key: request[key] for key in ("step", "slot", "generation")}
+        try:
+            source = self._opened(tuple(request["excluded"]))
+            source.seek(request["origin"])
+            rows = source.read(np.array(request["index"], np.int64))
+            self._memory[request["slot"], : len(rows)] = rows
+            return answer | {"rows": len(rows)}
+        except BadShardError as problem:
+            return answer | {"error": problem.reason, "shard": problem.shard}
+        except (ValueError, OSError, RuntimeError, MemoryError) as problem:
+            return answer | {"error": f"{type(problem).__name__}: {problem}", "shard": None}
+
+    def _opened(self, excluded: tuple[str, ...]) -> Source:
+        if self._source is None:
+            config = config_from_json(self._setup["config"])
+            self._source = open_source(config, self._setup["seed"], self._setup["split"], excluded)
+        elif excluded != self._source.excluded:
+            self._source.close()
+            self._source = self._source.without(excluded)
+        return self._source
 
 
 def main() -> None:
-    """Serve requests until standard input closes. The first line says what to read."""
+    """Serve requests until standard input closes; the argument says what to read, as JSON."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     setup = json.loads(sys.argv[1])
     answers = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
-    memory = np.frombuffer(mmap.mmap(setup["memory"], 0), setup["dtype"]).reshape(setup["shape"])
-    source = RowSource(config_from_json(setup["config"]), setup["seed"], setup["split"], tuple(setup["excluded"]))
     requests: queue.SimpleQueue = queue.SimpleQueue()
     latest = [0]
     threading.Thread(target=_listen, args=(requests, latest, setup["parent"]), daemon=True).start()
+    server = _Server(setup)
     while True:
         request = requests.get()
         if request["generation"] != latest[0]:
             continue  # asked before a seek: nobody waits for it
-        source, answer = _serve(source, memory, request)
         try:
-            os.write(answers, json.dumps(answer).encode() + b"\n")
+            os.write(answers, json.dumps(server.answer(request)).encode() + b"\n")
         except BrokenPipeError:
             os._exit(0)
 
