@@ -278,7 +278,11 @@ def main(arguments: list[str] | None = None) -> int:
     nodes = options.nnodes or (int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if under_slurm else 1)
     try:
         config = load_config(config_path, [text for text in overrides if "=" in text and not text.startswith("--")])
-        check(config, world_size=min(nodes, options.max_nodes or nodes) * per_node)
+        # the job may hold more nodes than the layout can use, as after a requeue with other nodes
+        parallel = config.parallel
+        replica = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        used = choose_nodes([""] * nodes, per_node, replica, options.min_nodes, options.max_nodes)
+        check(config, world_size=(len(used) or nodes) * per_node)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return ExitCode.CONFIG

@@ -64,7 +64,7 @@ class SlurmRanks:
         """Start one task per rank on the nodes."""
         self._step_name = f"train.{attempt}"
         port = 20000 + (int(self.job) * 37 + sum(int(part) * 11 for part in attempt.split("."))) % 10000
-        rendezvous = {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(port), ATTEMPT_VARIABLE: attempt}
+        rendezvous = {"MASTER_ADDR": self._address(nodes[0]), "MASTER_PORT": str(port), ATTEMPT_VARIABLE: attempt}
         # --overlap: a step on a dead node keeps its CPUs until Slurm gives the node up
         srun = ["srun", "--overlap", f"--job-name={self._step_name}", "--kill-on-bad-exit=1"]
         srun += [f"--wait={WAIT_AFTER_FIRST_EXIT_SECONDS}", *self._placement(nodes, self.ranks_per_node)]
@@ -121,6 +121,11 @@ class SlurmRanks:
         output = self._ask(command, timeout=PROBE_SECONDS).stdout
         up = {line.split()[1] for line in output.splitlines() if line.startswith("UP ")}
         return [node for node in nodes if node in up]
+
+    def _address(self, node: str) -> str:
+        """Where Slurm itself reaches the node: its name need not resolve."""
+        fields = self._ask(["scontrol", "show", "node", "--oneliner", node]).stdout.split()
+        return next((word.removeprefix("NodeAddr=") for word in fields if word.startswith("NodeAddr=")), node)
 
     def _placement(self, nodes: Sequence[str], tasks_per_node: int) -> list[str]:
         count = len(nodes)
