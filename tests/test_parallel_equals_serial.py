@@ -64,6 +64,9 @@ CASES = {
         "tp2_bf16": ("bf16", [TP2, BF16]),
         "dp2_zero3_bf16": ("bf16", [Z3, BF16]),
         "tp2_clipped": ("clipped", [TP2, "optim.grad_clip=0.05"]),
+        "broken_mpu": ("broken", [TP2, "sabotage=no mpu"]),
+        "broken_hook": ("broken", [TP2, SP, "sabotage=no hook"]),
+        "broken_tie": ("broken", [PP2, TIED, "sabotage=no tied sum"]),
     },
     3: {
         "dp3": ("plain", []),
@@ -121,7 +124,7 @@ def results(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", [n for n, (_, twin, _) in ALL.items() if n != twin])
+@pytest.mark.parametrize("name", [n for n, (_, twin, _) in ALL.items() if twin not in (n, "broken")])
 def test_layout_equals_one_process(results, name):
     _, twin, overrides = ALL[name]
     here, serial = results[name], results[twin]
@@ -154,3 +157,14 @@ def test_losses_fall_and_streams_differ_by_step(results):
     hashes = {step["stream_hash"] for step in results["plain"]["steps"]}
     assert len(hashes) == 5
     assert results["clipped"]["steps"][-1]["loss"] != results["plain"]["steps"][-1]["loss"]
+
+
+@pytest.mark.parametrize(("name", "twin"), [("broken_mpu", "plain"), ("broken_hook", "plain"), ("broken_tie", "tied")])
+def test_a_layout_with_a_piece_missing_is_noticed(results, name, twin):
+    """Forgotten mpu adapter, skipped sequence-parallel hook, unsummed tied gradients: none passes for the real thing."""
+    here, serial = results[name], results[twin]
+    same = [
+        a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+        for a, b in zip(here["steps"], serial["steps"], strict=True)
+    ]
+    assert not all(same)

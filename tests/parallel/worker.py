@@ -6,11 +6,13 @@ OUTPUT_DIR/cases.json: {"name": ["a.b=c", ...], ...}. For each case, OUTPUT_DIR/
 validation figure, and OUTPUT_DIR/name/checkpoints a checkpoint.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from bd3lm_scale.config_checks import check
 from bd3lm_scale.config_load import load_config
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.engine import build_engine
+from bd3lm_scale.optim import zero
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh, new_host_group, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 from bd3lm_scale.step import train_step
@@ -66,7 +69,28 @@ def batches_of(config: RunConfig, mesh: Mesh, step: int) -> list[Rows]:
     return out
 
 
+@contextlib.contextmanager
+def sabotage(what: str):
+    """Leave out one piece of the engine: the comparison with one process must notice."""
+    if what == "no mpu":
+        patch = mock.patch.object(zero, "ModelParallelUnit", lambda: None)
+    elif what == "no hook":
+        patch = mock.patch.object(zero.ZeroOptimizer, "_sum_sequence_parallel_gradients", lambda self: None)
+    elif what == "no tied sum":
+        patch = mock.patch.object(zero.ZeroOptimizer, "_sum_tied_gradients", lambda self: None)
+    else:
+        patch = contextlib.nullcontext()
+    with patch:
+        yield
+
+
 def run_case(name: str, overrides: list[str], output: Path, world_size: int) -> None:
+    broken = [o.removeprefix("sabotage=") for o in overrides if o.startswith("sabotage=")]
+    with sabotage(broken[0] if broken else ""):
+        _run_case(name, [o for o in overrides if not o.startswith("sabotage=")], output, world_size)
+
+
+def _run_case(name: str, overrides: list[str], output: Path, world_size: int) -> None:
     config = load_config(ROOT / "configs" / "demo.yaml", [*TINY, *overrides])
     check(config, world_size, VOCAB)
     mesh = init_mesh(config.parallel, "cpu", 60)
