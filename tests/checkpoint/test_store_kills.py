@@ -12,6 +12,7 @@ import torch
 
 from bd3lm_scale.checkpoint import files
 from bd3lm_scale.checkpoint import store as store_module
+from bd3lm_scale.checkpoint.folders import list_steps
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.checkpoint.verify import verify
 from bd3lm_scale.config import CheckpointConfig
@@ -113,11 +114,13 @@ def test_killed_at_random_moments_again_and_again(tmp_path):
     for _ in range(15):
         process = FORK.Process(target=keep_saving, args=(tmp_path, step + 1))
         process.start()
-        time.sleep(0.02 + 0.1 * draw.random())
+        deadline = time.monotonic() + 30
+        while list_steps(tmp_path)[0][0] <= step and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.1 * draw.random())
         process.kill()
         process.join()
-        step = assert_newest(tmp_path, range(step, 10**6))
-    assert step > 15
+        step = assert_newest(tmp_path, range(step + 1, 10**6))
     assert not list(tmp_path.glob("*.damaged"))
 
 

@@ -61,7 +61,7 @@ def one_rank_fails(store, rank):
     store.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "rank 1: OSError: [Errno 27] File too large" in store.last_save.problem, store.last_save
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
     assert store.newest().meta["step"] == 3
     store.save(6, mine, {})
     assert store.newest().meta["step"] == 6
@@ -105,16 +105,16 @@ def one_rank_dies(store, rank):
     store.save(LAST, mine, {})
     store.wait()
     assert store.last_save.problem is not None
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
 
 
 def worker(rank, folder):
     torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=300)
     )
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=300))
     store = CheckpointStore(Path(folder) / "checkpoints", CheckpointConfig(keep_last=3), rank, WORLD, group)
     assert store.newest() is None
     saves_and_reads(store, rank)
@@ -131,7 +131,7 @@ def test_ranks_agree_and_none_waits_for_one_that_failed(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(240)
         process.kill()
     codes = [process.exitcode for process in processes]
     assert sorted(p.name for p in tmp_path.glob("reached_*")) == [f"reached_{r}" for r in range(WORLD)], codes
