@@ -241,6 +241,7 @@ def write_shards(
     for file, members in zip(names, shards, strict=True):
         batch = dict(next(stream) for _ in members)
         save_file(batch, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes files that only their owner can read
     total = sum(sizes.values())
     if len(shards) > 1:
         weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}

@@ -114,6 +114,10 @@ def rotate(x_BHPK, cos_PK, sin_PK):
     return (x * cos_PK + torch.cat([-second, first], dim=-1) * sin_PK).to(x_BHPK.dtype)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: modulations (each block begins as the identity) and the head."""
+
+
 def project(linear, x):
     """A linear layer in its own dtype, result in float32 (the residual stream is float32 in every dtype)."""
     return linear(x.to(linear.weight.dtype)).float()
@@ -138,7 +142,7 @@ class DiTBlock(nn.Module):
             nn.Linear(config.mlp_ratio * width, width),
         )
         if config.adaln:
-            self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * width)
+            self.adaLN_modulation = ZeroLinear(config.cond_dim, 6 * width)
 
     def forward(self, x_BPD, cond_BC, rotation, visible, cache=None, commit=False):
         """One block; `rotation` is (cos, sin), `visible` a bool mask that broadcasts to (B, H, Q, J), or None."""
@@ -199,9 +203,9 @@ class OutputLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm_final = LayerNorm(config.hidden_dim)
-        self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
+        self.linear = ZeroLinear(config.hidden_dim, config.vocab_size)
         if config.adaln:
-            self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
+            self.adaLN_modulation = ZeroLinear(config.cond_dim, 2 * config.hidden_dim)
 
     def forward(self, x_BPD, cond_BC):
         """Logits, float32 (B, P, V)."""
@@ -261,7 +265,7 @@ class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         """The paper's initialisation: adaLN and head start at zero, everything else at torch's defaults."""
         if isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
+            bound = 0.0 if isinstance(module, ZeroLinear) else module.in_features**-0.5
             nn.init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 nn.init.uniform_(module.bias, -bound, bound)
@@ -272,12 +276,6 @@ class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
             nn.init.ones_(module.weight)
         elif isinstance(module, Rotary) and not module.inv_freq.is_meta:
             module.inv_freq.copy_(module.frequencies("cpu"))
-        if isinstance(module, DiTBlock | OutputLayer) and hasattr(module, "adaLN_modulation"):
-            nn.init.zeros_(module.adaLN_modulation.weight)
-            nn.init.zeros_(module.adaLN_modulation.bias)
-        if isinstance(module, OutputLayer):
-            nn.init.zeros_(module.linear.weight)
-            nn.init.zeros_(module.linear.bias)
 
     def get_input_embeddings(self):
         """The token embedding (its parameter is called `embedding`)."""
