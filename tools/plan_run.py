@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from bd3lm_scale.config import ConfigError, RunConfig
-from bd3lm_scale.config_checks import num_micro_batches, padded_vocab_size, problems
+from bd3lm_scale.config_checks import num_micro_batches, problems
+from bd3lm_scale.config_flops import attention_pairs, flops_per_token, forward_flops
 from bd3lm_scale.config_load import load_config
 from bd3lm_scale.config_sizes import memory
 from bd3lm_scale.config_summary import GPT2_VOCAB_SIZE, summary
@@ -43,35 +44,6 @@ GPUS = {
     "b200": Gpu(2250e12, 75e12, 180),
     "l40s": Gpu(362e12, 91.6e12, 48),
 }
-
-
-def attention_pairs(config: RunConfig) -> int:
-    """Query-key pairs of one row: what the visibility rule allows, counted exactly."""
-    length, size = config.data.context_length, config.block_size
-    if config.diffusion.objective in ("mdlm", "sedd"):
-        return length * length
-    causal = length * (length + size) // 2  # every position sees its own block and all earlier ones
-    return 2 * causal if config.diffusion.objective == "bd3lm" else causal
-
-
-def forward_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
-    """Floating-point operations of one row's forward pass, by part (a multiply-add counts as two)."""
-    model, length = config.model, config.data.context_length
-    width = model.hidden_size
-    products = (4 + 2 * model.mlp_ratio) * width * width
-    mean_mask_rate = (max(config.diffusion.clip_low, config.diffusion.time_epsilon) + config.diffusion.clip_high) / 2
-    scored = length - 1 if config.diffusion.objective == "ar" else mean_mask_rate * length
-    return {
-        "linear layers": 2.0 * model.num_layers * config.sequence_length * products,
-        "attention": 4.0 * model.num_layers * attention_pairs(config) * width,
-        "conditioning": 2.0 * model.cond_dim * width * (6 * model.num_layers + 2) if config.uses_adaln else 0.0,
-        "head": 2.0 * scored * width * padded_vocab_size(vocab_size),
-    }
-
-
-def flops_per_token(config: RunConfig, vocab_size: int) -> float:
-    """Training FLOPs per token of text: forward and twice as much backward."""
-    return 3 * sum(forward_flops(config, vocab_size).values()) / config.data.context_length
 
 
 def bubble(config: RunConfig, replicas: int) -> float:
