@@ -1,6 +1,6 @@
 """Evaluate: the likelihood of held-out text under a trained model.
 
-    python -m bd3lm_scale.evaluate RUN_OR_CHECKPOINT [--data SHARDS] [a.b=c ...]
+    python -m bd3lm_scale.evaluate RUN_OR_CHECKPOINT [--data SHARDS] [--variance] [a.b=c ...]
 
 Works in any layout: start it alone or under torchrun, with parallel.* overrides.
 """
@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.config import ConfigError
-from bd3lm_scale.data.stream import open_stream
+from bd3lm_scale.data.stream import RowStream, open_stream
+from bd3lm_scale.evaluate_variance import VarianceReport, format_report, measure_variance
 from bd3lm_scale.loading import Loaded, load_model
 from bd3lm_scale.parallel.mesh import shutdown
 from bd3lm_scale.runtime.exit_codes import ExitCode
@@ -24,7 +25,7 @@ from bd3lm_scale.validation import Validation, validate
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bd3lm_scale.evaluate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bd3lm_scale.evaluate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", help="run folder or checkpoint folder")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="e.g. evaluation.draws=4")
     parser.add_argument("--data", metavar="SHARDS", help="prepared shards to score (default: the run's validation set)")
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, help="score only the first ROWS rows (default: all)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights (default: ema)")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="this step's checkpoint, not the newest")
+    parser.add_argument("--variance", action="store_true", help="also the variance of the loss and of its gradient")
+    parser.add_argument("--noise-draws", type=int, default=16, metavar="N", help="draws per gradient probe")
     parser.add_argument("--json", metavar="FILE", help="also write the figures here")
     args = parser.parse_intermixed_args(argv)
     set_up_logging(None)
@@ -39,21 +42,25 @@ def main(argv: list[str] | None = None) -> int:
         overrides = [*args.overrides, *([f"data.path={args.data}"] if args.data else [])]
         loaded = load_model(args.source, overrides, args.weights, args.checkpoint)
         result = evaluate(loaded, args.split, args.rows)
+        variance = _variance(loaded, result, args) if args.variance else None
     except (ConfigError, CheckpointError, ValueError) as error:
         print(error, file=sys.stderr)
         return ExitCode.CONFIG
     if loaded.engine.mesh.reports:
         print(report(loaded, result))
+        figures = dict(vars(result.likelihood))
+        if variance is not None:
+            print(format_report(variance))
+            figures["variance"] = variance.as_dict()
         if args.json:
-            Path(args.json).write_text(json.dumps(vars(result.likelihood), indent=2) + "\n")
+            Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
     shutdown()
     return ExitCode.FINISHED
 
 
 def evaluate(loaded: Loaded, split: str = "validation", rows: int | None = None) -> Validation:
     """Score a split of the data in the loaded configuration."""
-    config = loaded.config
-    stream = open_stream(config.data, config.seed, split)
+    config, stream = loaded.config, _open(loaded, split)
     if stream.vocab_size != loaded.reader.meta["vocab_size"] or stream.tokenizer_hash != loaded.reader.meta.get(
         "tokenizer_hash", stream.tokenizer_hash
     ):
@@ -73,6 +80,20 @@ def evaluate(loaded: Loaded, split: str = "validation", rows: int | None = None)
             draws=config.evaluation.draws,
             beat=lambda done: bar.update(done - bar.n),
         )
+
+
+def _variance(loaded: Loaded, result: Validation, args: argparse.Namespace) -> VarianceReport:
+    diffusion, saved = loaded.config.diffusion, loaded.reader.meta.get("clip", {})
+    low, high = saved.get("low", diffusion.clip_low), saved.get("high", diffusion.clip_high)
+    in_force = loaded.engine.process.training_interval(low, high)
+    stream = _open(loaded, args.split)
+    return measure_variance(
+        loaded.engine, loaded.config, stream, result, in_force, rows=args.rows, draws=args.noise_draws
+    )
+
+
+def _open(loaded: Loaded, split: str) -> RowStream:
+    return open_stream(loaded.config.data, loaded.config.seed, split)
 
 
 def report(loaded: Loaded, result: Validation) -> str:

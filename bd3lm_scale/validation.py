@@ -103,10 +103,11 @@ def _groups(plan: BatchPlan, stream: RowStream, pipeline_size: int) -> Iterator[
     size = 4 * pipeline_size if pipeline_size > 1 else 1
     for first in range(0, plan.num_micro_batches, size):
         count = min(size, -(-(plan.num_micro_batches - first) // pipeline_size) * pipeline_size)
-        yield [_read(plan.positions(first + i), plan.global_batch_size, stream) for i in range(count)]
+        yield [read_rows(plan.positions(first + i), plan.global_batch_size, stream) for i in range(count)]
 
 
-def _read(position: np.ndarray, num_rows: int, stream: RowStream) -> Rows:
+def read_rows(position: np.ndarray, num_rows: int, stream: RowStream) -> Rows:
+    """Rows at the given places of a split; places from num_rows on become rows that are not real."""
     is_real = position < num_rows
     tokens = stream.read(np.where(is_real, position, 0))
     return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real))
