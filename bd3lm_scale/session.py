@@ -109,7 +109,7 @@ class Session:
     def search_clip_interval(self, validation: Validation) -> dict[tuple[float, float], float]:
         """The variance of every candidate interval; the best is used for training from now on, if so configured."""
         search, self.validations = self.config.diffusion.clip_search, self.validations + 1
-        is_due = search.enabled and self.config.diffusion.objective == "bd3lm"
+        is_due = search.enabled and self.config.diffusion.objective in ("bd3lm", "mdlm")
         if not is_due or self.validations % search.every_validations:
             return {}
         size = self.config.diffusion.block_size
