@@ -7,7 +7,7 @@ Shapes: B rows, L tokens in a row, R scored rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -113,7 +113,11 @@ def run_pass(
 
     def forward_step(batch: _Batch, chunk: nn.Module) -> tuple[Tensor, pipeline.LossFunction]:
         inputs = (batch.noisy.input_BP, batch.noisy.sigma_B, batch.dropout_key, batch.index_R, batch.target_R)
-        out = chunk(*inputs) if engine.optimizer is None else engine.optimizer(engine.chunks.index(chunk), *inputs)
+        out = (
+            chunk(*inputs)
+            if engine.optimizer is None
+            else engine.optimizer(engine.chunks.index(cast(Denoiser, chunk)), *inputs)
+        )
 
         def loss_function(out: Tensor) -> tuple[Tensor, dict[str, Any]]:
             head = HeadRows(out[0], out[1], batch.index_R, batch.is_real_R)

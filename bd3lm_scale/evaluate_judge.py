@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from bd3lm_scale.diffusion.samplers.stopping import unigram_entropy
@@ -98,7 +98,7 @@ def load_judge(name: str, device: torch.device | str = "cpu", precision: str = "
     limits = [getattr(model.config, key, None) for key in ("max_position_embeddings", "n_positions")]
     return Judge(
         name=name,
-        model=model.eval().to(device),
+        model=cast(nn.Module, model).eval().to(device),
         encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
         eos_token=tokenizer.eos_token,
         eos_token_id=tokenizer.eos_token_id,

@@ -37,7 +37,7 @@ log = get_logger(__name__)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the process's exit code (runtime.exit_codes)."""
-    parser = argparse.ArgumentParser(prog="python -m bd3lm_scale.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bd3lm_scale.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="fields to set, e.g. train.steps=100")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")

@@ -7,6 +7,7 @@ Shapes: B rows, P positions, L tokens, D width, C conditioning width, R scored r
 """
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,11 +87,12 @@ class Denoiser(MegatronModule):
         """Say who sees whom; one prepared pattern serves all layers."""
         pattern = AttentionPattern(visibility, self.config.attention_backend)
         for layer in self.decoder.layers:
-            layer.self_attention.core_attention.pattern = pattern
+            cast(Any, layer).self_attention.core_attention.pattern = pattern
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Called by the schedule with what the previous stage sent."""
-        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+        # None is legal: it takes back what was set before
+        self.decoder.set_input_tensor(cast(Tensor, input_tensor[0] if isinstance(input_tensor, list) else input_tensor))
 
     def forward(
         self,
@@ -119,7 +121,7 @@ class Denoiser(MegatronModule):
             attention_mask=None,
             context=conditioning,
             context_mask=dropout_key,
-            rotary_pos_emb=rotary_angles(position, self.config.kv_channels),
+            rotary_pos_emb=rotary_angles(position, self.config.head_width),
         )
         if not self.post_process:
             return self._leave(hidden, conditioning)
@@ -150,7 +152,7 @@ class Denoiser(MegatronModule):
     def _enter(self, input_BP: Tensor, sigma_B: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.pre_process:
             return self.embed(input_BP), self.condition(sigma_B)
-        received = self.decoder.input_tensor
+        received = cast(Tensor, self.decoder.input_tensor)
         if not self.carries_conditioning:
             return None, None
         self.decoder.set_input_tensor(received[:-1].contiguous())

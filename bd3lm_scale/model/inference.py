@@ -7,6 +7,7 @@ Shapes: B rows, S tokens in a block, T tokens of a call, I scored places, L toke
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ class CachedDecoder:
         batch, capacity = self.context_BT.shape[0], max(_FIRST_CAPACITY, self.block_size)
         if self.window is not None:
             capacity = 2 * self.window
-        shape = (batch, heads, capacity, config.kv_channels)
+        shape = (batch, heads, capacity, config.head_width)
         self.caches = [
             LayerCache(
                 torch.zeros(shape, dtype=self.cache_dtype, device=self.device),
@@ -143,12 +144,12 @@ class CachedDecoder:
         position = torch.arange(self._start, self._start + tokens_BT.shape[1], device=self.device)
         for layer, cache in zip(self.model.decoder.layers, self.caches, strict=True):
             cache.query_block_T, cache.commits = position // self.block_size, commits
-            layer.self_attention.core_attention.cache = cache
+            cast(Any, layer).self_attention.core_attention.cache = cache
         try:
             hidden = _decode(self.model, tokens_BT, position, torch.zeros(len(tokens_BT), device=self.device))
         finally:
             for layer in self.model.decoder.layers:
-                layer.self_attention.core_attention.cache = None
+                cast(Any, layer).self_attention.core_attention.cache = None
         if commits:
             self._start += tokens_BT.shape[1]
         return hidden
@@ -183,7 +184,7 @@ def _decode(model: Denoiser, tokens_BT: Tensor, position_T: Tensor, sigma_B: Ten
         attention_mask=None,
         context=model.condition(sigma_B),
         context_mask=None,
-        rotary_pos_emb=rotary_angles(position_T, model.config.kv_channels),
+        rotary_pos_emb=rotary_angles(position_T, model.config.head_width),
     )
 
 

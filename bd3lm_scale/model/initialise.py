@@ -6,6 +6,7 @@ and no two layers alike. The distributions are the reference's (its defaults of 
 
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -86,4 +87,4 @@ def _fan_in(name: str, shape: tuple[int, ...], config: DenoiserConfig) -> int:
     return {
         "time_embedding.linear1.bias": _TIME_FEATURES,
         "time_embedding.linear2.bias": config.cond_dim,
-    }.get(name) or (config.hidden_size if name.endswith("linear_fc1.bias") else config.ffn_hidden_size)
+    }.get(name) or (config.hidden_size if name.endswith("linear_fc1.bias") else cast(int, config.ffn_hidden_size))

@@ -32,6 +32,11 @@ class DenoiserConfig(TransformerConfig):
     """The last layer's clean rows serve as keys and values only; skip the rest of their work (exact)."""
 
     @property
+    def head_width(self) -> int:
+        """K, the width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
     def padded_vocab_size(self) -> int:
         """V rounded up to a multiple of 128, whatever the layout, so checkpoints fit every layout."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

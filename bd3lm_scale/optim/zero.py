@@ -7,7 +7,7 @@ once. State is exposed as StateSlices, so that checkpoints never see DeepSpeed.
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -198,7 +198,7 @@ class ZeroOptimizer:
         engine, inner, _, _ = deepspeed.initialize(
             model=module,
             optimizer=adam,
-            model_parameters=parameters,
+            model_parameters=cast(Any, parameters),  # annotated as a module, read as parameters
             mpu=ModelParallelUnit(),
             config=engine_config(c, precision, micro_batch_size),
         )

@@ -50,7 +50,8 @@ def install() -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    for function in (layers.LinearWithGradAccumulationAndAsyncCommunication, layers.LinearWithFrozenWeight):
+    functions: list[Any] = [layers.LinearWithGradAccumulationAndAsyncCommunication, layers.LinearWithFrozenWeight]
+    for function in functions:
         function.forward = staticmethod(torch.amp.custom_fwd(function.forward.__wrapped__, device_type="cpu"))
         function.backward = staticmethod(torch.amp.custom_bwd(function.backward.__wrapped__, device_type="cpu"))
     _installed = True

@@ -3,7 +3,7 @@
 Without this adapter DeepSpeed would average over tensor-parallel peers and train silently wrong.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -34,7 +34,7 @@ class ModelParallelUnit:
     @staticmethod
     def get_data_parallel_group() -> dist.ProcessGroup:
         """Ranks holding the same part of the model."""
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
 
     @staticmethod
     def get_data_parallel_world_size() -> int:
@@ -49,7 +49,7 @@ class ModelParallelUnit:
     @staticmethod
     def get_data_parallel_group_ranks() -> list[int]:
         """Their global ranks."""
-        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return dist.get_process_group_ranks(ModelParallelUnit.get_data_parallel_group())
 
     @staticmethod
     def get_data_parallel_src_rank() -> int:

@@ -4,7 +4,7 @@ One code path for every layout: `get_forward_backward_func` picks the schedule, 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -78,19 +78,21 @@ def stage_ends(virtual_stage: int | None) -> tuple[bool, bool]:
 
 def tensor_group() -> dist.ProcessGroup:
     """The ranks that share every layer."""
-    return parallel_state.get_tensor_model_parallel_group()
+    return cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
 
 
 def data_group() -> dist.ProcessGroup:
     """The ranks that hold the same part of the model and read different rows."""
-    return parallel_state.get_data_parallel_group()
+    return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
 
 
 def pipeline_group() -> dist.ProcessGroup:
     """The ranks a micro-batch passes through."""
-    return parallel_state.get_pipeline_model_parallel_group()
+    return cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
 
 
 def embedding_group() -> dist.ProcessGroup | None:
     """First and last stage, which both hold a tied embedding; None on the stages between."""
-    return parallel_state.get_embedding_group() if parallel_state.is_rank_in_embedding_group() else None
+    if not parallel_state.is_rank_in_embedding_group():
+        return None
+    return cast(dist.ProcessGroup, parallel_state.get_embedding_group())
