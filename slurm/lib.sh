@@ -4,6 +4,7 @@ set -euo pipefail
 
 # shellcheck source=slurm/cluster.env
 . "${CLUSTER_ENV:-$ROOT/slurm/cluster.env}"
+[ -n "${SBATCH_GPUS_PER_NODE:-}" ] || unset SBATCH_GPUS_PER_NODE # empty: a site without GPUs
 
 in_batch_job() { [ "${ENVIRONMENT:-}" = BATCH ] && [ -n "${SLURM_JOB_ID:-}" ]; }
 

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from bd3lm_scale.runtime.run_folder import current_rank
@@ -13,6 +14,9 @@ NOISY_LIBRARIES = (
     "DeepSpeed", "deepspeed", "megatron", "torch.distributed", "torch._dynamo", "torch._inductor", "transformers",
     "urllib3", "filelock", "fsspec", "webdataset", "wandb", "asyncio", "matplotlib",
 )  # fmt: skip
+
+# Said when Megatron is imported, about libraries that are off here on purpose; so filtered when this is.
+warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|full scope is deprecated).*")
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -74,5 +78,6 @@ def quiet_libraries() -> None:
     """Let third-party libraries report errors only: with thousands of ranks their chatter buries the run's own log."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron|deepspeed)\b")
     for name in NOISY_LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
