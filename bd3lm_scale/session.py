@@ -112,7 +112,7 @@ class Session:
         is_due = search.enabled and self.config.diffusion.objective in ("bd3lm", "mdlm")
         if not is_due or self.validations % search.every_validations:
             return {}
-        size = self.config.diffusion.block_size
+        size = self.config.block_size
         schedule = self.engine.process.schedule
         table = variance_table(validation.moments, search.widths, search.step, size, self.interval, schedule)
         best = choose_interval(table, self.interval)
