@@ -44,7 +44,11 @@ def test_linear_flops_are_two_per_weight_and_position():
         p.size for name, p in named.items() if name.startswith("decoder.") and len(p.shape) == 2 and "modul" not in name
     )
     forward = plan_run.forward_flops(config, 128)
-    assert forward["linear layers"] == 2 * matrices * 64
+    # 64 positions; in the last layer the 32 clean ones only need K and V, 2 of 12 units of width squared
+    assert forward["linear layers"] == 2 * (matrices * 64 - matrices / 3 * 10 / 12 * 32)
+    assert forward["attention"] == 4 * 64 * (3 * 32 * 36 - 32 * 36 / 2)
+    mdlm = plan_run.forward_flops(make("mdlm"), 128)
+    assert mdlm["linear layers"] == 2 * matrices * 32
     modulation = sum(p.size for name, p in named.items() if name.endswith("modulation.weight"))
     assert forward["conditioning"] == 2 * modulation
     assert plan_run.forward_flops(make("ar"), 128)["conditioning"] == 0
