@@ -121,7 +121,8 @@ def manifest_from_json(text: str, where: str) -> Manifest:
             preparation=raw["preparation"],
         )
     except (ValueError, KeyError, TypeError) as problem:
-        raise ValueError(f"{where}: not a usable manifest ({problem}); run tools/prepare_data.py again") from problem
+        reason = f"no {problem}" if isinstance(problem, KeyError) else problem
+        raise ValueError(f"{where}: not a usable manifest ({reason}); run tools/prepare_data.py again") from problem
     if manifest.dtype != token_dtype(manifest.tokenizer.vocab_size):
         raise ValueError(
             f"{where}: dtype {manifest.dtype} does not fit a vocabulary of {manifest.tokenizer.vocab_size}; "
@@ -133,7 +134,7 @@ def manifest_from_json(text: str, where: str) -> Manifest:
 def shard_from_json(entry: dict) -> Shard:
     """One entry of a manifest (ValueError, KeyError, TypeError when it is malformed)."""
     name = entry["name"]
-    if name != Path(name).name or name.startswith("."):
+    if not name or name != Path(name).name or name.startswith("."):
         raise ValueError(f"shard name {name!r} is not a plain file name")
     return Shard(
         name=name,

@@ -216,7 +216,11 @@ def _bert(path: Path) -> Tokenizer:
         raise ValueError(f"tokenizer {path}: vocab.txt lacks {', '.join(missing)}; is it BERT's?")
     # a cased vocabulary says so by holding capitals
     lowercase = not any(re.fullmatch(r"[A-Z][a-z]+", piece) for piece in pieces)
-    tokenizer = tokenizers.BertWordPieceTokenizer(str(path), lowercase=lowercase)
+    # not BertWordPieceTokenizer: that one turns "[MASK]" in a text into the mask
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece.from_file(str(path), unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
     ids = {piece: pieces.index(piece) for piece in ("[CLS]", "[SEP]", "[MASK]")}
     pad = pieces.index("[PAD]") if "[PAD]" in pieces else ids["[SEP]"]
     text = {ids[piece]: piece for piece in ids} | {pad: pieces[pad]}
