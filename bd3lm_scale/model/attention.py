@@ -196,6 +196,8 @@ class LayerCache:
 
         Earlier blocks and the own block are seen (the rule for one view), as far back as the window reaches.
         """
+        # before anything is written: what is returned are views of the buffers
+        self._evict()
         new, end = key_BHTK.shape[2], self.length + key_BHTK.shape[2]
         self._reserve(end)
         self.key_BHTK[:, :, self.length : end] = key_BHTK
@@ -208,7 +210,6 @@ class LayerCache:
             allowed &= distance < self.window_blocks
         if self.commits:
             self.length = end
-            self._evict()
         if new == 0 or bool(allowed.all()):
             return key, value, None
         return key, value, allowed
@@ -223,12 +224,12 @@ class LayerCache:
         self.block_T = F.pad(self.block_T, (0, extra))
 
     def _evict(self) -> None:
-        """Drop blocks that no later query will see, once they fill half of the buffer."""
-        if self.window_blocks is None or self.length == 0:
+        """Drop blocks that no new or later query will see, once half of the buffer is full."""
+        if self.window_blocks is None or self.length < max(1, self.key_BHTK.shape[2] // 2):
             return
-        oldest = int(self.block_T[self.length - 1]) + 2 - self.window_blocks
+        oldest = int(self.query_block_T[0]) + 1 - self.window_blocks
         gone = int((self.block_T[: self.length] < oldest).sum())
-        if gone == 0 or self.length < self.key_BHTK.shape[2] // 2:
+        if gone == 0:
             return
         kept = self.length - gone
         for buffer in (self.key_BHTK, self.value_BHTK):
