@@ -31,8 +31,8 @@ from bd3lm_scale.checkpoint.lightning import import_lightning
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.reshard import CONTENTS, reshard
 from bd3lm_scale.checkpoint.state import CheckpointError
-from bd3lm_scale.checkpoint.write import write_weights
 from bd3lm_scale.checkpoint.verify import verify
+from bd3lm_scale.checkpoint.write import write_weights
 from bd3lm_scale.config_load import from_dict
 from bd3lm_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3lm_scale.runtime.metrics import read_metrics
