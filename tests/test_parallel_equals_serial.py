@@ -161,7 +161,7 @@ def test_losses_fall_and_streams_differ_by_step(results):
 
 @pytest.mark.parametrize(("name", "twin"), [("broken_mpu", "plain"), ("broken_hook", "plain"), ("broken_tie", "tied")])
 def test_a_layout_with_a_piece_missing_is_noticed(results, name, twin):
-    """Forgotten mpu adapter, skipped sequence-parallel hook, unsummed tied gradients: none passes for the real thing."""
+    """Forgotten mpu adapter, skipped sequence-parallel hook, unsummed tied gradients: none goes unseen."""
     here, serial = results[name], results[twin]
     same = [
         a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)

@@ -7,17 +7,12 @@ import datetime
 import os
 import socket
 import subprocess
-import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from bd3lm_scale.config import ParallelConfig
-
-# What Megatron says about libraries that are off here on purpose.
-warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|transformer_engine|full scope is).*")
-
 
 @dataclass(frozen=True)
 class Mesh:

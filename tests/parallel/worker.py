@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node N tests/parallel/worker.py OUTPUT_DIR
 
-OUTPUT_DIR/cases.json: {"name": ["a.b=c", ...], ...}. For each case, OUTPUT_DIR/name.json gets losses, norms, hashes and the
-validation figure, and OUTPUT_DIR/name/checkpoints a checkpoint.
+OUTPUT_DIR/cases.json: {"name": ["a.b=c", ...], ...}. For each case, OUTPUT_DIR/name.json gets losses, norms,
+hashes and the validation figure, and OUTPUT_DIR/name/checkpoints a checkpoint.
 """
 
 import contextlib
@@ -73,11 +73,11 @@ def batches_of(config: RunConfig, mesh: Mesh, step: int) -> list[Rows]:
 def sabotage(what: str):
     """Leave out one piece of the engine: the comparison with one process must notice."""
     if what == "no mpu":
-        patch = mock.patch.object(zero, "ModelParallelUnit", lambda: None)
+        patch = mock.patch.object(zero, "ModelParallelUnit", return_value=None)
     elif what == "no hook":
-        patch = mock.patch.object(zero.ZeroOptimizer, "_sum_sequence_parallel_gradients", lambda self: None)
+        patch = mock.patch.object(zero.ZeroOptimizer, "_sum_sequence_parallel_gradients")
     elif what == "no tied sum":
-        patch = mock.patch.object(zero.ZeroOptimizer, "_sum_tied_gradients", lambda self: None)
+        patch = mock.patch.object(zero.ZeroOptimizer, "_sum_tied_gradients")
     else:
         patch = contextlib.nullcontext()
     with patch:
