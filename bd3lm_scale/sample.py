@@ -24,6 +24,7 @@ from bd3lm_scale.config import ConfigError, RunConfig
 from bd3lm_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3lm_scale.loading import Loaded, load_model
 from bd3lm_scale.loading_hf import is_hf_folder, native_checkpoint
+from bd3lm_scale.model.fast_decoder import FastDecoder, FastWeights
 from bd3lm_scale.model.inference import CachedDecoder, FullDenoiser
 from bd3lm_scale.parallel.mesh import shutdown
 from bd3lm_scale.runtime.exit_codes import ExitCode
@@ -136,12 +137,17 @@ def network_opener(loaded: Loaded) -> Callable[[int], Any]:
     if config.diffusion.objective in ("mdlm", "sedd"):
         return lambda batch_size: FullDenoiser(model)
     wants_bf16 = sampling.cache_dtype == "bf16" or (sampling.cache_dtype == "auto" and config.precision == "bf16")
+    cache_dtype = torch.bfloat16 if wants_bf16 else torch.float32
+    window = sampling.window or config.data.context_length
+    if loaded.engine.mesh.tensor_size == 1 and sampling.kv_cache and not sampling.recompute_window:
+        weights = FastWeights(model)
+        return lambda batch_size: FastDecoder(weights, config.block_size, batch_size, window, cache_dtype)
     return lambda batch_size: CachedDecoder(
         model,
         config.block_size,
         batch_size,
-        window=sampling.window or config.data.context_length,
-        cache_dtype=torch.bfloat16 if wants_bf16 else torch.float32,
+        window=window,
+        cache_dtype=cache_dtype,
         recompute_window=sampling.recompute_window,
         use_cache=sampling.kv_cache,
     )
