@@ -148,17 +148,17 @@ class BlockGeneration:
         return self._trimmed(tokens_BL, prompt_B, total_B, settings)
 
     def _settings(self, generation_config, options):
-        known = {field.name: field.default for field in fields(Settings)}
-        unknown = sorted(set(options) - set(known))
+        known = {field.name for field in fields(Settings)}
+        unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(f"generate: unknown options {unknown}; known are {sorted(known)}")
-        values = {}
-        for name, default in known.items():
-            value = options.get(name)
-            if value is None and not (name == "max_length" or (name == "max_new_tokens" and "max_length" in options)):
-                value = getattr(generation_config, name, None)
-            values[name] = default if value is None else value
-        settings = Settings(**values)
+        # transformers 4 fills in defaults of its own (top_k 50, max_length 20): only what was set counts
+        said = generation_config.to_diff_dict()
+        said.pop("max_length", None)
+        if "max_length" in options:
+            said.pop("max_new_tokens", None)
+        values = {**said, **{name: value for name, value in options.items() if value is not None}}
+        settings = Settings(**{name: value for name, value in values.items() if name in known and value is not None})
         if isinstance(settings.eos_token_id, list):
             settings.eos_token_id = settings.eos_token_id[0]
         if settings.sampler not in ("first_hitting", "ancestral"):
