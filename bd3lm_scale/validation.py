@@ -44,7 +44,7 @@ def validate(
     micro_batch_size: int | None = None,
     use_ema: bool = False,
     num_bytes: int | None = None,
-    beat: Callable[[int], None] = lambda done: None,
+    beat: Callable[[int], object] = lambda done: None,
 ) -> Validation:
     """Estimate the likelihood of the first `rows` validation rows (all by default). Collective.
 

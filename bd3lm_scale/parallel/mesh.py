@@ -8,11 +8,13 @@ import os
 import socket
 import subprocess
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from bd3lm_scale.config import ParallelConfig
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -143,7 +145,7 @@ def _init_groups(parallel: ParallelConfig, launch: Launch, device: torch.device,
         if device.type == "cuda":
             tensor_parallel.model_parallel_cuda_manual_seed(1)
         else:
-            tracker = tensor_parallel.get_cuda_rng_tracker()
+            tracker: Any = tensor_parallel.get_cuda_rng_tracker()
             tracker.reset()
             tracker.add("model-parallel-rng", 1)
     return Mesh(
@@ -172,7 +174,7 @@ def shutdown() -> None:
 
 def new_host_group() -> dist.ProcessGroup | None:
     """A gloo group over all ranks for small host-side agreements; None when alone."""
-    return dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if dist.get_world_size() > 1 else None
 
 
 def _free_port() -> int:
