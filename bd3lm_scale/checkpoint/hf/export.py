@@ -239,8 +239,8 @@ def write_shards(
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     stream = iter(tensors)
     for file, members in zip(names, shards, strict=True):
-        batch = dict(next(stream) for _ in members)
-        save_file(batch, folder / file, metadata={"format": "pt"})
+        # no name for the dictionary here: it would keep this shard alive while the next is read
+        save_file(dict(next(stream) for _ in members), folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors makes files that only their owner can read
     total = sum(sizes.values())
     if len(shards) > 1:
