@@ -11,6 +11,7 @@ Shapes: B rows, S tokens in a block, T tokens of a call, I scored places, D widt
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class FastWeights:
             raise ValueError("a network that reads the time has no constant modulation; use CachedDecoder")
         self.device = model.embedding.weight.device
         self.dtype = config.params_dtype
-        self.num_heads, self.head_width = config.num_attention_heads, config.kv_channels
+        self.num_heads, self.head_width = config.num_attention_heads, config.head_width
         self.vocab_size = config.vocab_size
         self.embedding = model.embedding.weight.detach()
         conditioning = model.condition(torch.zeros(1, device=self.device))
@@ -85,12 +86,12 @@ class FastWeights:
             shift, scale = model.head.modulation(conditioning).float()[0].chunk(2)
         self.head_norm = _norm(model.head.norm.weight, shift, scale)
         tied = model.tied_weight()
-        self.output = (model.head.output.weight if tied is None else tied).detach()
-        bias = model.head.output.bias.detach()
-        self.output_bias = bias.masked_fill(model.head.is_excluded, float("-inf"))
+        self.output = cast(Tensor, model.head.output.weight if tied is None else tied).detach()
+        bias = cast(Tensor, model.head.output.bias).detach()
+        self.output_bias = bias.masked_fill(cast(Tensor, model.head.is_excluded), float("-inf"))
 
     @staticmethod
-    def _layer(layer: torch.nn.Module, conditioning: Tensor | None) -> _Layer:
+    def _layer(layer: Any, conditioning: Tensor | None) -> _Layer:
         parts: Sequence[Tensor | None] = [None] * 6
         if conditioning is not None:
             parts = layer.modulation(conditioning).float()[0].chunk(6)
