@@ -65,7 +65,7 @@ class FileCache:
             CacheFullError: the disk or the cache has no room.
             Whatever `fetch` raises.
         """
-        if key != os.path.basename(key) or key.startswith("."):
+        if not key or key != os.path.basename(key) or key.startswith("."):
             raise ValueError(f"cache key {key!r} is not a plain file name")
         path = self.folder / key
         if self._touch(path):

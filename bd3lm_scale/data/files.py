@@ -47,8 +47,9 @@ class RemoteFiles:
 
     is_remote = True
 
-    def __init__(self, folder: str, cache: FileCache, timeout: float):
-        self.where = folder
+    def __init__(self, dataset: str, split: str, cache: FileCache, timeout: float):
+        self.where = dataset
+        self._split = split
         self._cache = cache
         self._timeout = timeout
         self._ahead: queue.SimpleQueue[Shard] | None = None
@@ -101,7 +102,7 @@ class RemoteFiles:
                 self._asked.discard(shard.name)
 
     def _fetch(self, shard: Shard, part: Path) -> None:
-        transfer(join(self.where, shard.name), part, self._timeout)
+        transfer(join(self.where, f"{self._split}/{shard.name}"), part, self._timeout)
         with part.open("rb") as file:
             found = _digest(file)
         if found != shard.sha256:
@@ -121,8 +122,8 @@ def _key(shard: Shard) -> str:
     return f"{shard.sha256[:40]}.tar"
 
 
-def open_files(folder: str, config: DataConfig) -> LocalFiles | RemoteFiles:
-    """The files of one split's folder."""
-    if is_remote(folder):
-        return RemoteFiles(folder, open_cache(config), config.timeout_seconds)
-    return LocalFiles(folder)
+def open_files(dataset: str, split: str, config: DataConfig) -> LocalFiles | RemoteFiles:
+    """The shard files of one split of a dataset folder."""
+    if is_remote(dataset):
+        return RemoteFiles(dataset, split, open_cache(config), config.timeout_seconds)
+    return LocalFiles(os.path.join(dataset, split))

@@ -152,7 +152,7 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
         )
     damaged = frozenset(i for i, shard in enumerate(manifest.shards) if prefix + shard.name in source.excluded)
     order = RowOrder(rows, source.seed, config.shuffle_window, number, damaged)
-    reader = ShardReader(manifest, open_files(inside(path, split), config), config.retries, prefix)
+    reader = ShardReader(manifest, open_files(path, split, config), config.retries, prefix)
     return _Dataset(manifest, reader, order)
 
 

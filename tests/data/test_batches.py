@@ -133,7 +133,8 @@ def test_bad_shard_is_excluded_alike_everywhere(tmp_path, tokenizer_path, worker
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    return [p for p in psutil.Process(pid).children(recursive=True) if "bd3lm_scale.data.worker" in p.cmdline()]
+    children = [p for p in psutil.Process(pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in children if "bd3lm_scale.data.worker" in p.cmdline()]
 
 
 def gone(processes: list[psutil.Process], seconds: float = 10.0) -> bool:
