@@ -4,8 +4,13 @@ Defaults < YAML file < `a.b=c` on the command line. No interpolation, no code in
 section, never the whole tree.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+# Megatron says these when it is imported, about libraries that are off here on purpose. Every entry point imports the
+# configuration before it, so this is the place to filter them.
+warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|full scope is deprecated).*")
 
 
 class ConfigError(ValueError):
@@ -13,10 +18,12 @@ class ConfigError(ValueError):
 
     Attributes:
         problems: the lines.
+        source: what they are about.
     """
 
     def __init__(self, problems: Sequence[str], source: str = "configuration"):
         self.problems = list(problems)
+        self.source = source
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n  ".join([f"{count} in {source}:", *self.problems]))
 

@@ -109,9 +109,9 @@ def run_pass(
         The detached sums of each micro-batch on the last stage, an empty list elsewhere.
     """
     keys = [None] * len(batches) if dropout_keys is None else dropout_keys
-    prepared = [_prepare(noisy, key, engine.mesh.device) for noisy, key in zip(batches, keys, strict=True)]
+    prepared = [prepare_batch(noisy, key, engine.mesh.device) for noisy, key in zip(batches, keys, strict=True)]
 
-    def forward_step(batch: _Batch, chunk: nn.Module) -> tuple[Tensor, pipeline.LossFunction]:
+    def forward_step(batch: Batch, chunk: nn.Module) -> tuple[Tensor, pipeline.LossFunction]:
         inputs = (batch.noisy.input_BP, batch.noisy.sigma_B, batch.dropout_key, batch.index_R, batch.target_R)
         out = (
             chunk(*inputs)
@@ -142,8 +142,8 @@ def run_pass(
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """A micro-batch on the device, with the rows the head is evaluated at."""
+class Batch:
+    """A micro-batch on the device, with the rows the head is evaluated at (R is padded; is_real_R says where)."""
 
     noisy: NoisyRows
     index_R: Tensor
@@ -152,7 +152,7 @@ class _Batch:
     dropout_key: Tensor | None
 
 
-def _prepare(noisy: NoisyRows, dropout_key: int | None, device: torch.device) -> _Batch:
+def prepare_batch(noisy: NoisyRows, dropout_key: int | None, device: torch.device) -> Batch:
     """Move a micro-batch to the device; R is padded to a multiple, at least one, so that the head always runs."""
     index_R = torch.nonzero(noisy.is_scored_BL.flatten()).flatten()
     padded = max(1, -(-len(index_R) // _ROW_MULTIPLE)) * _ROW_MULTIPLE
@@ -160,7 +160,7 @@ def _prepare(noisy: NoisyRows, dropout_key: int | None, device: torch.device) ->
     index_R = torch.nn.functional.pad(index_R, (0, padded - len(index_R)))
     target_R = noisy.target_BL.flatten()[index_R]
     moved = {f.name: getattr(noisy, f.name).to(device, non_blocking=True) for f in fields(noisy)}
-    return _Batch(
+    return Batch(
         NoisyRows(**moved),
         index_R.to(device),
         target_R.to(device),
