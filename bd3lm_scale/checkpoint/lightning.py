@@ -127,31 +127,32 @@ REFERENCE_FIELDS = {
     "diffusion.resample": "training.resample",
 }
 """Our field -> the reference's."""
+_NO_BLOCKS = ("diffusion.block_size", "diffusion.resample")
+IDLE_FIELDS = {"bd3lm": (), "mdlm": _NO_BLOCKS, "sedd": _NO_BLOCKS, "ar": ("diffusion.",)}
+"""Fields that the reference's files hold under every objective, and that mean nothing under this one."""
 
 
 def run_config(state: dict[str, Tensor], reference: dict[str, Any], name: str, overrides: Sequence[str]) -> RunConfig:
     """The resolved configuration: sizes from the tensors, the rest from the reference's configuration."""
-    objective = look_up(reference, "algo.name")
+    said = dict(text.split("=", 1) for text in overrides if "=" in text)
+    objective = said.get("diffusion.objective") or look_up(reference, "algo.name")
     if objective not in OBJECTIVES:
         objective = "bd3lm" if f"{PREFIX}sigma_map.mlp.0.weight" in state else "ar"
     values = to_dict(RunConfig(run_dir=name, precision="fp32"))
     values["data"]["path"] = UNKNOWN_DATA
     values["model"] |= sizes(state, reference)
     values["diffusion"]["objective"] = objective
+    found = {ours: look_up(reference, theirs) for ours, theirs in REFERENCE_FIELDS.items()}
     needed = ["data.context_length", *(["diffusion.block_size"] if objective == "bd3lm" else [])]
-    unsaid = [n for n in needed if not any(text.startswith(f"{n}=") for text in overrides)]
-    for ours, theirs in REFERENCE_FIELDS.items():
-        section, _, field = ours.partition(".")
-        found = look_up(reference, theirs)
-        if found is not None:
-            values[section][field] = found
-            unsaid = [n for n in unsaid if n != ours]
+    unsaid = [ours for ours in needed if found[ours] is None and ours not in said]
     if unsaid:
         raise ValueError(
             f"the checkpoint does not say {' and '.join(unsaid)}; add {' '.join(f'{n}=N' for n in unsaid)}"
         )
-    if objective == "ar":
-        values["diffusion"]["time_conditioning"] = None
+    for ours, value in found.items():
+        if value is not None and not ours.startswith(IDLE_FIELDS[objective]):
+            section, _, field = ours.partition(".")
+            values[section][field] = value
     for bound, buffer in (("clip_low", "sampling_eps_min"), ("clip_high", "sampling_eps_max")):
         if objective == "bd3lm" and buffer in state:
             values["diffusion"][bound] = shortest(state[buffer])
