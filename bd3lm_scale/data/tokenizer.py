@@ -186,6 +186,8 @@ def _sentencepiece(path: Path) -> Tokenizer:
 
 
 def _fast(tokenizer) -> tuple[Callable, Callable]:
+    tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
+
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
