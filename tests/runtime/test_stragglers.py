@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -40,3 +43,41 @@ def test_waiting_is_not_work():
         clock.waiting()
         time.sleep(0.05)
     assert clock.seconds == pytest.approx(0.01, abs=0.02)
+
+
+def test_noise_in_tiny_steps_is_no_straggler():
+    assert find_stragglers([0.001, 0.001, 0.004], ["a", "b", "c"], factor=1.5).slow_ranks == ()
+
+
+RANK = """
+import os, time, torch.distributed as dist
+from bd3lm_scale.config import RuntimeConfig
+from bd3lm_scale.runtime.log import set_up_logging
+from bd3lm_scale.runtime.stragglers import StragglerWatch
+rank = int(os.environ["RANK"])
+set_up_logging(None)
+dist.init_process_group("gloo")
+watch = StragglerWatch(RuntimeConfig(), dist.group.WORLD, every_steps=5)
+for step in range(1, 11):
+    watch.start()
+    time.sleep(0.1 if rank == 2 else 0.01)
+    watch.waiting()
+    dist.barrier()
+    spread = watch.look(step)
+    assert (spread is None) == (step % 5 > 0)
+print(rank, spread.slowest_rank, spread.slow_nodes)
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_agree_on_who_is_slow():
+    processes = []
+    for rank in range(3):
+        place = {"RANK": str(rank), "WORLD_SIZE": "3", "SLURMD_NODENAME": f"n{rank}", "OMP_NUM_THREADS": "1"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(30000 + os.getpid() % 900)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, "-c", RANK], env=os.environ | place, **pipes))
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [out for out, _ in outputs] == [f"{rank} 2 ('n2',)\n" for rank in range(3)], outputs
+    assert outputs[0][1].count("straggler: node n2") == 2
+    assert "straggler" not in outputs[1][1]
