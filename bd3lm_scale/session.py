@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from bd3lm_scale.checkpoint.agreement import Agreement
+from bd3lm_scale.checkpoint.lock import RunLock
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.checkpoint.store import CheckpointStore
@@ -34,6 +35,10 @@ log = get_logger(__name__)
 VERSIONS = ("torch", "megatron-core", "deepspeed", "numpy")
 
 
+class FencedError(RuntimeError):
+    """Another job or a newer attempt owns the run folder by now: leave it alone."""
+
+
 @dataclass
 class Session:
     """The parts and the state of a run on this rank.
@@ -44,6 +49,7 @@ class Session:
         stream: the training rows; its tokenizer is the run's.
         batches: this rank's micro-batches, read ahead.
         store: the run's checkpoints.
+        agreement: how the ranks tell each other small things.
         policy: what to do with bad steps.
         cursor: where training stands in the data; cursor.step is the number of steps done.
         interval: clip interval in force.
@@ -56,6 +62,7 @@ class Session:
     stream: RowStream
     batches: BatchReader
     store: CheckpointStore
+    agreement: Agreement
     policy: AnomalyPolicy
     cursor: Cursor
     interval: tuple[float, float]
@@ -73,28 +80,32 @@ class Session:
         """Optimizer steps done."""
         return self.cursor.step
 
-    def agree(self, wants_stop: bool) -> tuple[bool, list[Rows] | None]:
+    def agree(self, wants_stop: bool) -> tuple[bool, list[Rows]]:
         """Whether any rank wants to stop, else the next micro-batches; shards found bad are left out by all ranks.
 
         One small exchange per step, so that all ranks stop, or exclude a shard, after the same step.
+
+        Raises:
+            BadShardError: on every rank, where data.on_bad_shard is stop.
         """
         while True:
-            rows, bad_shard = None, None
+            rows, bad_shard = [], None
             if not wants_stop:
                 try:
                     rows = next(self.batches)
                 except BadShardError as error:
-                    if self.config.data.on_bad_shard != "skip":
-                        raise
-                    bad_shard = error.shard
+                    bad_shard = (error.shard, error.reason)
             _, (stops, bad) = sum_over_ranks(self.engine, [], [int(wants_stop), int(bad_shard is not None)])
             if stops:
-                return True, None
+                return True, []
             if not bad:
                 return False, rows
-            names = sorted({name for name in self._gather(bad_shard) if name})
-            log.warning("leaving out damaged shards from step %d on: %s", self.step, ", ".join(names))
-            excluded = tuple(sorted({*self.cursor.excluded_shards, *names}))
+            found = dict(sorted(filter(None, self.agreement.exchange(bad_shard))))
+            if self.config.data.on_bad_shard != "skip":
+                raise BadShardError(*next(iter(found.items())))
+            if self.engine.mesh.reports:
+                log.warning("leaving out damaged shards from step %d on: %s", self.step, "; ".join(found.values()))
+            excluded = tuple(sorted({*self.cursor.excluded_shards, *found}))
             self.seek(replace(self.cursor, excluded_shards=excluded))
 
     def seek(self, cursor: Cursor) -> None:
@@ -122,11 +133,22 @@ class Session:
         return table
 
     def save(self) -> None:
-        """Save a checkpoint of the steps done."""
+        """Save a checkpoint of the steps done.
+
+        Raises:
+            FencedError: on every rank, when the run folder is no longer this job's.
+        """
+        owner = self.agreement.share(self.store.foreign_owner() if self.engine.mesh.reports else None)
+        if owner is not None:
+            raise FencedError(owner)
         self.store.save(self.step, self.optimizer.slices(), self._meta())
 
     def roll_back(self) -> None:
-        """Return to the newest checkpoint and move the data past the stretch since then."""
+        """Return to the newest checkpoint and move the data past the stretch since then.
+
+        Raises:
+            CheckpointError: there is none.
+        """
         failed = self.step
         self.store.wait()
         reader = self.store.newest()
@@ -163,20 +185,13 @@ class Session:
             "versions": {name: version(name) for name in VERSIONS},
         }
 
-    def _gather(self, name: str | None) -> list[str | None]:
-        group = self.engine.host_group
-        if group is None:
-            return [name]
-        names: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(names, name, group=group)
-        return names
-
 
 def open_session(
     config: RunConfig,
     mesh: Mesh,
     stream: RowStream,
-    host_group: dist.ProcessGroup | None = None,
+    agreement: Agreement,
+    lock: RunLock | None = None,
     fresh: bool = False,
     step: int | None = None,
 ) -> Session:
@@ -186,7 +201,8 @@ def open_session(
         config: checked against world size and vocabulary.
         mesh: this rank's place.
         stream: the training rows.
-        host_group: gloo group over all ranks.
+        agreement: over all ranks.
+        lock: on the run folder.
         fresh: refuse if run_dir holds a checkpoint.
         step: resume from this step's checkpoint instead of the newest.
 
@@ -194,25 +210,25 @@ def open_session(
         ConfigError: the checkpoint was trained with another configuration, or `fresh` is refused.
         CheckpointError: no usable checkpoint where there should be one.
     """
-    engine = build_engine(config, mesh, stream.vocab_size, stream.mask_token_id, host_group)
-    store = CheckpointStore(
-        Path(config.run_dir) / "checkpoints", config.checkpoint, mesh.rank, mesh.world_size, new_host_group()
-    )
+    engine = build_engine(config, mesh, stream.vocab_size, stream.mask_token_id, agreement.group)
+    folder = Path(config.run_dir) / "checkpoints"
+    store = CheckpointStore(folder, config.checkpoint, mesh.rank, mesh.world_size, new_host_group(), lock)
     plan = BatchPlan(config.train.global_batch_size, config.train.micro_batch_size, mesh.data_rank, mesh.data_size)
     reader = store.newest(step)
     if reader is not None:
-        _refuse_differences(reader, config, stream, fresh)
+        agreement.together(lambda: _refuse_differences(reader, config, stream, fresh))
     batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps)
     interval = (max(config.diffusion.clip_low, config.diffusion.time_epsilon), config.diffusion.clip_high)
-    session = Session(config, engine, stream, batches, store, AnomalyPolicy(config.runtime), Cursor(), interval)
+    policy = AnomalyPolicy(config.runtime)
+    session = Session(config, engine, stream, batches, store, agreement, policy, Cursor(), interval)
     if reader is not None:
         restore(session, reader)
         session.resumed_from = reader.path
         log.info("resumed %s (step %d, saved as %s)", reader.path, session.step, reader.meta.get("layout"))
     elif config.train.init_from:
         start_from(session, config.train.init_from, config.train.init_weights)
-    if mesh.reports:
-        write_run_folder(config, stream)
+    store.prepare(session.optimizer.slices())
+    agreement.together(lambda: write_run_folder(config, stream) if mesh.reports else None)
     return session
 
 
@@ -223,7 +239,7 @@ def restore(session: Session, reader: CheckpointReader) -> None:
         raise CheckpointError(
             f"{reader.path} holds weights only and cannot be resumed; use train.init_from={reader.path}"
         )
-    reader.fill(session.optimizer.slices())
+    session.agreement.together(lambda: reader.fill(session.optimizer.slices()))
     session.optimizer.restored(meta["optimizer_step"])
     saved = meta["cursor"]
     session.seek(Cursor(meta["step"], saved["data_offset"], tuple(saved["excluded_shards"])))
@@ -234,9 +250,14 @@ def restore(session: Session, reader: CheckpointReader) -> None:
 
 def start_from(session: Session, source: str, weights: str) -> None:
     """Begin a new run at the weights of another: optimizer and step fresh, the average starting at those weights."""
-    reader = open_checkpoint(find_checkpoint(source))
-    kind = "ema" if weights == "ema" and "ema" in reader.kinds() else "master"
-    reader.fill(session.optimizer.slices(), {"master": kind})
+
+    def fill() -> tuple[CheckpointReader, str]:
+        reader = open_checkpoint(find_checkpoint(source))
+        kind = "ema" if weights == "ema" and "ema" in reader.kinds() else "master"
+        reader.fill(session.optimizer.slices(), {"master": kind})
+        return reader, kind
+
+    reader, kind = session.agreement.together(fill)
     session.optimizer.restored(0)
     session.optimizer.reset_ema()
     log.info("started from the %s weights of %s (step %s)", kind, reader.path, reader.meta.get("step"))

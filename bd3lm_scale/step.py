@@ -1,6 +1,6 @@
 """One optimizer step: rows -> noise -> pipeline -> loss -> update -> StepReport."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bd3lm_scale.config import RunConfig
 from bd3lm_scale.diffusion.loss import normaliser
@@ -20,6 +20,7 @@ def train_step(
     rows: Sequence[Rows],
     interval: tuple[float, float],
     policy: AnomalyPolicy,
+    waiting: Callable[[], None] = lambda: None,
 ) -> tuple[StepReport, str]:
     """Noise this rank's micro-batches and update the model on them.
 
@@ -30,6 +31,7 @@ def train_step(
         rows: this data-parallel rank's micro-batches.
         interval: clip interval in force.
         policy: judges the loss and the gradient norm.
+        waiting: called when this rank's own work is done and it begins to wait for the others.
 
     Returns:
         (report, verdict): the report is equal on all ranks; the verdict is the policy's.
@@ -45,7 +47,7 @@ def train_step(
         )
         for batch in rows
     ]
-    return train_step_on(engine, config, step, noisy, interval, policy)
+    return train_step_on(engine, config, step, noisy, interval, policy, waiting)
 
 
 def train_step_on(
@@ -55,6 +57,7 @@ def train_step_on(
     noisy: Sequence[NoisyRows],
     interval: tuple[float, float],
     policy: AnomalyPolicy,
+    waiting: Callable[[], None] = lambda: None,
 ) -> tuple[StepReport, str]:
     """The same for given (x_0, x_t, t): parity runs and probes."""
     optimizer = engine.optimizer
@@ -66,18 +69,20 @@ def train_step_on(
     if config.model.dropout > 0:
         dropout_keys = [derive_key(config.seed, "dropout", step, int(n.position_B[0])) & (2**63 - 1) for n in noisy]
     optimizer.train()
+    faults.point("forward", step)
     # The schedule divides by the number of micro-batches, DeepSpeed by the data-parallel size.
     scale = len(noisy) * engine.mesh.data_size / tokens
     sums = run_pass(engine, noisy, loss_scale=scale, dropout_keys=dropout_keys)
-    (total,), (stream,) = sum_over_ranks(
-        engine,
-        [sum(float(s.weighted_nll) for s in sums) if engine.reports_loss else 0.0],
-        [sum(stream_hash(n) for n in noisy) if engine.reports_loss else 0],
-    )
+    own_loss = sum(float(s.weighted_nll) for s in sums) if engine.reports_loss else 0.0
+    own_hash = sum(stream_hash(n) for n in noisy) if engine.reports_loss else 0
+    waiting()
+    (total,), (stream,) = sum_over_ranks(engine, [own_loss], [own_hash])
     loss = float("nan") if faults.point("loss", step) else total / tokens
     lr = learning_rate(step, config.optim, config.train.steps)
     discards = bool(policy.suspicion(loss))
+    faults.point("optimizer", step)
     grad_norm, was_skipped = optimizer.step(lr, discard=discards)
+    faults.point("updated", step)
     verdict = policy.observe(step, loss, float("inf") if was_skipped and not discards else grad_norm)
     report = StepReport(
         step=step + 1,

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from bd3lm_scale.checkpoint.state import CheckpointError
+from bd3lm_scale.config import ConfigError
+
+T = TypeVar("T")
 
 
 class Agreement:
@@ -45,6 +48,32 @@ class Agreement:
         received = [torch.empty_like(padded) for _ in range(self.world_size)] if self.rank == 0 else None
         dist.gather(padded, received, group=self.group, group_dst=0)
         return [_decode(d[: int(n)]) for d, n in zip(received or [], sizes, strict=False)]
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's value on every rank, in rank order."""
+        return self.share(self.collect(value))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns here, once it went well everywhere; it must not communicate itself.
+
+        Raises:
+            ConfigError, CheckpointError: the first unlucky rank's, on every rank, so that none waits for the others.
+        """
+        result, problem = None, None
+        try:
+            result = work()
+        except ConfigError as error:
+            problem = {"problems": error.problems, "source": error.source}
+        except (CheckpointError, OSError) as error:
+            problem = {"text": str(error)}
+        reports = self.exchange(problem)
+        rank = next((rank for rank, report in enumerate(reports) if report is not None), None)
+        if rank is None:
+            return result  # pyright: ignore[reportReturnType]
+        where = "" if all(report == reports[rank] for report in reports) else f"rank {rank}: "
+        if "problems" in reports[rank]:
+            raise ConfigError(reports[rank]["problems"], where + reports[rank]["source"])
+        raise CheckpointError(where + reports[rank]["text"])
 
     def decide(self, decision: Callable[[], Any]) -> Any:
         """What `decision` returns on rank 0, the only rank that calls it; JSON types.

@@ -131,7 +131,7 @@ class CheckpointStore:
     def prepare(self, slices: Iterable[StateSlice]) -> None:
         """Make the host buffer for these slices now, in the background: new memory is slow, the first save is not.
 
-        Optional, and the only method that is not collective.
+        Optional, and not collective.
         """
         owned = [part for part in slices if part.is_owner]
         total = sum((part.stop - part.start) * len(part.tensors) for part in owned)
@@ -218,7 +218,7 @@ class CheckpointStore:
         """Rank 0: remove what dead saves left, make the temporary folder; (path, problem)."""
         folder = self.folder / f"{WRITING}{step_folder(step)}_{os.getpid()}_{time.time_ns()}"
         try:
-            if foreign := self._foreign_owner():
+            if foreign := self.foreign_owner():
                 return str(folder), foreign
             self.folder.mkdir(parents=True, exist_ok=True)
             settle_replacements(self.folder)
@@ -232,8 +232,8 @@ class CheckpointStore:
             return str(folder), f"rank 0: {type(error).__name__}: {error}"
         return str(folder), None
 
-    def _foreign_owner(self) -> str | None:
-        """Why this job may not touch the run folder any more; None while it may."""
+    def foreign_owner(self) -> str | None:
+        """Rank 0: why this job may not touch the run folder any more; None while it may. Not collective."""
         if is_fenced(self.folder.parent):
             return "a newer attempt of this run owns the folder"
         if self._lock is not None and not self._lock.is_held():
@@ -262,7 +262,7 @@ class CheckpointStore:
         problem = "; ".join(report["problem"] for report in reports if "problem" in report) or None
         size = sum(report.get("bytes", 0) for report in reports)
         try:
-            problem = problem or self._foreign_owner()
+            problem = problem or self.foreign_owner()
             if problem is None:
                 files = [_file_from_report(report) for report in reports if report]
                 faults.point("save:before_manifest")
