@@ -5,7 +5,11 @@ job whose batch host died would stay RUNNING for ever.
 """
 
 import os
+import re
+import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +28,10 @@ STALE_VARIABLES = (
     "SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION",
 )  # fmt: skip
 PROBE_SECONDS = 60
+KILL_SECONDS = 4
+RANK_FELL = re.compile(
+    r"srun: error: (?P<node>\S+): task (?P<rank>\d+): (?P<how>Exited with exit code (?P<code>\d+)|Killed|.*dumped.*)"
+)
 WAIT_AFTER_FIRST_EXIT_SECONDS = 10
 
 
@@ -41,6 +49,7 @@ class SlurmRanks:
         self.environment = {name: value for name, value in os.environ.items() if name not in STALE_VARIABLES}
         self._step_name = ""
         self._srun: subprocess.Popen | None = None
+        self._first_bad: Ended | None = None
 
     def usable_nodes(self) -> list[str]:
         """Nodes of the allocation that run a trivial step; silent ones are given back to Slurm.
@@ -69,14 +78,27 @@ class SlurmRanks:
         srun = ["srun", "--overlap", f"--job-name={self._step_name}", "--kill-on-bad-exit=1"]
         srun += [f"--wait={WAIT_AFTER_FIRST_EXIT_SECONDS}", *self._placement(nodes, self.ranks_per_node)]
         srun += self.srun_args
-        self._srun = subprocess.Popen([*srun, *command], env=self.environment | rendezvous)
+        self._first_bad = None
+        self._srun = subprocess.Popen(
+            [*srun, *command], env=self.environment | rendezvous, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        threading.Thread(target=self._listen, args=(self._srun,), daemon=True).start()
 
     def poll(self) -> Ended | None:
-        """srun's exit code; after a rank was killed it is often another one's, so rank 0's status file goes first."""
+        """The first rank that fell, by srun's messages: srun's exit code is often that of one it ended afterwards."""
         code = None if self._srun is None else self._srun.poll()
         if code is None:
             return None
-        return Ended(code, f"srun: {describe_code(code)}" if code else "")
+        return (code and self._first_bad) or Ended(code, f"srun: {describe_code(code)}" if code else "")
+
+    def _listen(self, srun: subprocess.Popen) -> None:
+        """Pass the ranks' error output on, and keep srun's first word about a failed one."""
+        for line in srun.stderr or ():
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            if self._first_bad is None and (match := RANK_FELL.match(line)):
+                code = int(match["code"]) if match["code"] else -signal.SIGKILL if match["how"] == "Killed" else 1
+                self._first_bad = Ended(code, f"rank {match['rank']} on {match['node']}: {describe_code(code)}")
 
     def kill(self) -> None:
         """End the step; srun itself may hang on a dead node, so it is not waited for without end."""
@@ -89,7 +111,7 @@ class SlurmRanks:
         for end in (lambda: None, self._srun.terminate, self._srun.kill):
             end()
             try:
-                self._srun.wait(timeout=8)
+                self._srun.wait(timeout=KILL_SECONDS)
                 return
             except subprocess.TimeoutExpired:
                 continue

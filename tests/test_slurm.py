@@ -18,7 +18,7 @@ import pytest
 
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.metrics import read_metrics
-from tests.slurm_cluster.cluster import Cluster, why_not
+from tests.slurm_cluster.cluster import DONE, Cluster, why_not
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 
@@ -116,7 +116,9 @@ class Job:
         while time.monotonic() < deadline:
             if (self.run_dir / "metrics.jsonl").exists() and any(row["step"] >= step for row in self.rows):
                 return self
-            time.sleep(0.1)
+            if self.cluster.job(self.number)["JobState"] in DONE:
+                break
+            time.sleep(0.2)
         pytest.fail(f"step {step} never came\n{self.output}")
 
     def wait(self, state="COMPLETED", timeout=150):
@@ -284,7 +286,7 @@ def test_spare_node_takes_over(job, cluster, undisturbed, note):
 
 
 def test_batch_host_lost(job, cluster, undisturbed, note):
-    cluster.set_slurmd_timeout(5)
+    cluster.set_slurmd_timeout(10)
     try:
         running = job(faults=SLOWLY).submit().wait_for_step(15)
         cluster.power_cut(cluster.job(running.number)["BatchHost"])
@@ -292,12 +294,12 @@ def test_batch_host_lost(job, cluster, undisturbed, note):
     finally:
         cluster.set_slurmd_timeout(60)
     ended.check_against(undisturbed)
-    assert ended.restarts == 1
+    assert ended.restarts >= 1
     assert note(ended) < 90
 
 
 def test_network_partition_leaves_no_second_writer(job, cluster, undisturbed, note):
-    cluster.set_slurmd_timeout(5)
+    cluster.set_slurmd_timeout(10)
     try:
         running = job(faults=SLOWLY).submit().wait_for_step(15)
         host = cluster.job(running.number)["BatchHost"]
@@ -308,7 +310,7 @@ def test_network_partition_leaves_no_second_writer(job, cluster, undisturbed, no
     finally:
         cluster.set_slurmd_timeout(60)
     ended.check_against(undisturbed)
-    assert ended.restarts == 1
+    assert ended.restarts >= 1
     note(ended)
 
 
