@@ -30,7 +30,7 @@ STALE_VARIABLES = (
 PROBE_SECONDS = 60
 KILL_SECONDS = 4
 RANK_FELL = re.compile(
-    r"srun: error: (?P<node>\S+): task (?P<rank>\d+): (?P<how>Exited with exit code (?P<code>\d+)|Killed|.*dumped.*)"
+    r"srun: error: (?P<node>\S+): tasks? (?P<rank>[-\d,]+): (?P<how>Exited with exit code (?P<code>\d+)|Killed|.*dumped.*)"
 )
 WAIT_AFTER_FIRST_EXIT_SECONDS = 10
 
