@@ -48,8 +48,8 @@ class QuietAttack(Attack):
 
 def checkpoint(arch=SIZES, config=CONFIG, **more):
     generator = torch.Generator().manual_seed(0)
-    state = {PREFIX + e.published: torch.randn(e.shape, generator=generator) for e in table(arch)}
-    average = [torch.randn(e.shape, generator=generator) for e in table(arch)]
+    state = {PREFIX + e.published: 0.2 * torch.randn(e.shape, generator=generator) for e in table(arch)}
+    average = [0.2 * torch.randn(e.shape, generator=generator) for e in table(arch)]
     state |= {
         f"{PREFIX}rotary_emb.inv_freq": rotary_frequencies(arch),
         "sampling_eps_min": torch.tensor(0.45),
