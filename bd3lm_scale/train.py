@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         if args.dry_run:
-            print(dry_run(config, launch.world_size if launch.world_size > 1 else None))
+            print(dry_run(config, launch.world_size if launch.world_size > 1 else None, _known_vocab(config)))
             return ExitCode.FINISHED
         check(config, launch.world_size)
         device = choose_device(config.runtime.device, launch.local_rank)
@@ -125,6 +125,14 @@ def _attempt(
     if save is not None and save.step == session.step and save.problem is not None:
         code, reason = ExitCode.FAILED, f"the last checkpoint could not be saved: {save.problem}"
     return code, reason, session.step
+
+
+def _known_vocab(config: RunConfig) -> int | None:
+    """The vocabulary of the data, where it is already prepared."""
+    try:
+        return open_stream(config.data, config.seed).vocab_size
+    except (ValueError, OSError):
+        return None
 
 
 def _open_data(config: RunConfig, world_size: int) -> tuple[RowStream, RowStream]:

@@ -88,7 +88,8 @@ def make_transformer_config(
         persist_layer_norm=False,
         attention_softmax_in_fp32=True,
         deterministic_mode=config.train.deterministic,
-        batch_p2p_comm=False,
+        # gloo has no batched send-receive; Megatron's default on GPUs where messages do not overlap computation
+        batch_p2p_comm=on_gpu and parallel.virtual_pipeline_parallel_size is None,
         overlap_p2p_comm=parallel.virtual_pipeline_parallel_size is not None,
         # With gloo, freeing a stage's output early gave silent NaN under interleaving.
         deallocate_pipeline_outputs=on_gpu,
