@@ -23,6 +23,7 @@ from bd3lm_scale.diffusion.noising import given_noise
 from bd3lm_scale.engine import build_engine, run_pass
 from bd3lm_scale.loading import load_model
 from bd3lm_scale.model.embedding import rotary_angles
+from bd3lm_scale.model.fast_decoder import FastDecoder, FastWeights
 from bd3lm_scale.model.inference import CachedDecoder
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
@@ -84,10 +85,14 @@ def test_training_logits_equal_the_published_ones(checkpoint, golden, conditione
     torch.testing.assert_close(logits[is_real], want[is_real], rtol=1e-5, atol=1e-5)
 
 
-def test_cached_decoding_equals_the_published_one(checkpoint, golden):
+@pytest.mark.parametrize("kind", ["cached", "fast"])
+def test_cached_decoding_equals_the_published_one(checkpoint, golden, kind):
     """Block by block after cached clean context: the noisy block, then the clean one."""
     model = load_model(checkpoint, CPU).engine.chunks[0]
-    decoder = CachedDecoder(model, BLOCK, batch_size=2)
+    if kind == "fast":
+        decoder = FastDecoder(FastWeights(model), BLOCK, batch_size=2)
+    else:
+        decoder = CachedDecoder(model, BLOCK, batch_size=2)
     for start in range(0, LENGTH, BLOCK):
         here = slice(start, start + BLOCK)
         for tokens, want in ((golden["xt"], golden["kv_masked_bs4"]), (golden["x0"], golden["kv_clean_bs4"])):
