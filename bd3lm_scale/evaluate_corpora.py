@@ -45,8 +45,8 @@ def parse_corpora(texts: Sequence[str]) -> dict[str, str | None]:
             raise ValueError(f"{text}: not NAME=SHARDS; use for example ptb=data/ptb, or {HELD_OUT}")
         if "://" not in folder and not (Path(folder) / "validation").is_dir():
             raise ValueError(
-                f"{text}: {folder} holds no validation split; prepare it with: tools/prepare_data.py --tokenizer "
-                f"TOKENIZER --no-eos --output {folder} --validation-input FILES (docs/evaluation.md)"
+                f"{text}: {folder} holds no validation split; prepare it with: tools/prepare_data.py FILES "
+                f"--tokenizer TOKENIZER --output {folder} --validation-only --no-eos (docs/evaluation.md)"
             )
         corpora[name] = folder
     return corpora
