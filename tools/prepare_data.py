@@ -20,7 +20,7 @@ from bd3lm_scale.data.detokenize import DETOKENIZERS
 from bd3lm_scale.data.documents import Options, find_inputs
 from bd3lm_scale.data.estimate import estimate
 from bd3lm_scale.data.packing import SPLITS
-from bd3lm_scale.data.prepare import prepare
+from bd3lm_scale.data.prepare import PROGRESS, prepare
 from bd3lm_scale.data.shards import Manifest, write_file
 from bd3lm_scale.data.tokenising import Preparation, Unit, file_size
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
@@ -134,7 +134,7 @@ def _prepare_with_progress(task: Preparation, args) -> dict[str, Manifest]:
         # the demo's folder is ours: shards of an older version are made anew
         for name in (*SPLITS, "tokenizer"):
             shutil.rmtree(Path(args.output) / name, ignore_errors=True)
-        (Path(args.output) / "progress.jsonl").unlink(missing_ok=True)
+        (Path(args.output) / PROGRESS).unlink(missing_ok=True)
         return prepare(task, args.tokenizer, Path(args.output), args.workers, report)
 
 

@@ -143,12 +143,14 @@ def read_records(
         with (meter or Meter()).watch(open_sequential(path, timeout)) as raw:
             if kind in _TABLES:
                 yield from _table_records(path, raw, options)
-            elif kind in _TARS:
-                yield from _tar_records(_decompressed(path, raw))
-            elif kind in _JSON:
-                yield from (Record(line, is_json=True) for line in _decompressed(path, raw) if line.strip())
-            else:
-                yield from _text_records(_decompressed(path, raw), options)
+                return
+            with _decompressed(path, raw) as file:
+                if kind in _TARS:
+                    yield from _tar_records(file)
+                elif kind in _JSON:
+                    yield from (Record(line, is_json=True) for line in file if line.strip())
+                else:
+                    yield from _text_records(file, options)
     except (EOFError, gzip.BadGzipFile, tarfile.TarError) as problem:
         raise ValueError(f"{path}: damaged or cut off ({problem})") from problem
 
@@ -188,7 +190,7 @@ def _decompressed(path: str, raw: io.RawIOBase) -> io.BufferedIOBase:
 
 
 def _gunzip(file: io.BufferedIOBase) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=file) as opened:
+    with file, gzip.GzipFile(fileobj=file) as opened:
         while block := opened.read(_BUFFER_BYTES):
             yield block
 
@@ -198,17 +200,18 @@ def _unzstd(file: io.BufferedIOBase) -> Iterator[bytes]:
     import zstandard
 
     frame, is_inside = zstandard.ZstdDecompressor().decompressobj(), False
-    while compressed := file.read(_BUFFER_BYTES):
-        while compressed:
-            try:
-                block = frame.decompress(compressed)
-            except zstandard.ZstdError as problem:
-                raise EOFError(str(problem)) from problem
-            compressed, is_inside = frame.unused_data, not frame.eof
-            if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-            if block:
-                yield block
+    with file:
+        while compressed := file.read(_BUFFER_BYTES):
+            while compressed:
+                try:
+                    block = frame.decompress(compressed)
+                except zstandard.ZstdError as problem:
+                    raise EOFError(str(problem)) from problem
+                compressed, is_inside = frame.unused_data, not frame.eof
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                if block:
+                    yield block
     if is_inside:
         raise EOFError("the last zstandard frame is not complete")
 

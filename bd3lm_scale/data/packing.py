@@ -29,20 +29,27 @@ class Head:
     in_validation: bool = False
     text_bytes: tuple[int, int] = (0, 0)
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """What heads are ordered by."""
-        return self.file, self.record
 
+@dataclass(frozen=True)
+class Run:
+    """Tokens of one split in order, and the places among them where documents start."""
 
-@dataclass
-class _Run:
-    """Tokens of one unit for one split; those before `used` are in finished shards."""
-
-    head: Head
-    used: int
     ids: np.ndarray
     document_starts: np.ndarray
+
+    def cut(self, start: int, stop: int) -> "Run":
+        """The tokens from `start` to `stop`."""
+        low, high = np.searchsorted(self.document_starts, [start, stop])
+        return Run(self.ids[start:stop], self.document_starts[low:high] - start)
+
+
+def join(runs: list[Run], dtype: str) -> Run:
+    """Runs one after another."""
+    ends = np.cumsum([len(run.ids) for run in runs], dtype=np.int64)
+    starts = [run.document_starts + end - len(run.ids) for run, end in zip(runs, ends, strict=True)]
+    return Run(
+        np.concatenate([np.zeros(0, dtype), *(r.ids for r in runs)]), np.concatenate([np.zeros(0, int), *starts])
+    )
 
 
 class Packer:
@@ -53,63 +60,56 @@ class Packer:
         folder: where the shards go.
         dtype: what ids are stored as.
         task: sizes.
-        shards: finished ones.
-        resume: head of the unit with the first token that is in none of them, and how many of its tokens are.
+        shards: those written so far.
+        pending: tokens that are in none of them.
     """
 
-    def __init__(
-        self, split: str, folder: Path, dtype: str, task: Preparation, shards: list[Shard], resume: tuple[Head, int]
-    ):
+    def __init__(self, split: str, folder: Path, dtype: str, task: Preparation, shards: list[Shard], pending: Run):
+        self.split = split
         self.shards = shards
-        self.pending_tokens = 0
-        self._split, self._folder, self._dtype, self._task = split, folder, dtype, task
-        self._first, self._skip = resume
-        self._runs: deque[_Run] = deque()
+        self._folder, self._dtype, self._task = folder, dtype, task
+        self._runs = deque([pending] if len(pending.ids) else [])
+        self.num_pending = len(pending.ids)
 
     @property
     def num_tokens(self) -> int:
         """Tokens in shards or waiting."""
-        return sum(shard.num_tokens for shard in self.shards) + self.pending_tokens
+        return sum(shard.num_tokens for shard in self.shards) + self.num_pending
 
     @property
     def is_full(self) -> bool:
         """Whether a whole shard can be cut."""
-        return self.pending_tokens >= self._task.shard_tokens
+        return self.num_pending >= self._task.shard_tokens
 
-    def add(self, head: Head, ids: np.ndarray, document_starts: np.ndarray) -> None:
-        """Append a unit's tokens, unless finished shards hold them."""
-        if head.place < self._first.place:
-            return
-        used = self._skip if head.place == self._first.place else 0
-        if len(ids) > used:
-            self._runs.append(_Run(head, used, ids, document_starts))
-            self.pending_tokens += len(ids) - used
+    @property
+    def pending(self) -> Run:
+        """The tokens that no shard holds yet."""
+        return join(list(self._runs), self._dtype)
+
+    def add(self, run: Run) -> None:
+        """Append tokens."""
+        if len(run.ids):
+            self._runs.append(run)
+            self.num_pending += len(run.ids)
 
     def cut(self) -> Shard:
         """Write the next shard."""
-        wanted = min(self._task.shard_tokens, self.pending_tokens)
-        ids, starts, taken = [], [], 0
-        while taken < wanted:
-            run = self._runs[0]
-            stop = min(run.used + wanted - taken, len(run.ids))
-            low, high = np.searchsorted(run.document_starts, [run.used, stop])
-            ids.append(run.ids[run.used : stop])
-            starts.append(run.document_starts[low:high] - run.used + taken)
-            taken += stop - run.used
-            run.used = stop
-            if stop == len(run.ids):
-                self._runs.popleft()
-        self.pending_tokens -= wanted
+        wanted = min(self._task.shard_tokens, self.num_pending)
+        taken: list[Run] = []
+        missing = wanted
+        while missing:
+            run = self._runs.popleft()
+            taken.append(run.cut(0, min(missing, len(run.ids))))
+            if len(run.ids) > missing:
+                self._runs.appendleft(run.cut(missing, len(run.ids)))
+            missing -= len(taken[-1].ids)
+        self.num_pending -= wanted
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"{self._split}-{len(self.shards):06d}.tar"
-        tokens, document_starts = np.concatenate(ids), np.concatenate(starts)
-        shard = write_shard(self._folder, name, tokens, document_starts, self._dtype, self._task.chunk_tokens)
+        name = f"{self.split}-{len(self.shards):06d}.tar"
+        whole = join(taken, self._dtype)
+        shard = write_shard(self._folder, name, whole.ids, whole.document_starts, self._dtype, self._task.chunk_tokens)
         self.shards.append(shard)
         return shard
-
-    def resume_point(self, following: Head) -> tuple[Head, int]:
-        """What `resume` has to be for a packer that goes on from the shards written so far."""
-        return (self._runs[0].head, self._runs[0].used) if self._runs else (following, 0)
 
 
 class Splitter:
@@ -129,15 +129,15 @@ class Splitter:
                 f"--validation-documents {task.validation_documents}: the inputs have only {num_documents} documents"
             )
 
-    def split(self, unit: Unit, tokens: Tokens, head: Head) -> tuple[list[tuple[np.ndarray, np.ndarray]], Head]:
-        """(ids, places where documents start) for each of SPLITS, and the head after the unit."""
+    def split(self, unit: Unit, tokens: Tokens, head: Head) -> tuple[list[Run], Head]:
+        """The tokens for each of SPLITS, and the head after the unit."""
         held_out = self._held_out(unit, tokens, head)
         token_held_out = np.repeat(held_out, tokens.lengths)
         runs = []
         for chosen in (False, True):
             lengths = np.where(held_out == chosen, tokens.lengths, 0)
             begins = tokens.starts & (lengths > 0)
-            runs.append((tokens.ids[token_held_out == chosen], (np.cumsum(lengths) - lengths)[begins]))
+            runs.append(Run(tokens.ids[token_held_out == chosen], (np.cumsum(lengths) - lengths)[begins]))
         following = Head(
             file=unit.next_place[0],
             record=unit.next_place[1],

@@ -2,8 +2,8 @@
 
     inputs -> records -> units -> worker processes -> tokens -> train and validation shards -> manifests
 
-After each shard a line goes to progress.jsonl saying which unit the tokens not yet written begin with; a new run
-starts there and gives the same bytes. The manifests are written last.
+After each shard the tokens that wait for the next ones are saved, and a line goes to progress.jsonl saying with which
+unit to go on: a new run starts there and gives the same bytes. The manifests are written last.
 """
 
 import hashlib
@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from bd3lm_scale.data.documents import count_documents
-from bd3lm_scale.data.packing import SPLITS, Head, Packer, Splitter
+from bd3lm_scale.data.packing import SPLITS, Head, Packer, Run, Splitter, join
 from bd3lm_scale.data.shards import (
     MANIFEST,
     Manifest,
@@ -63,52 +65,45 @@ def prepare(
     log = _ProgressLog(output / PROGRESS, fingerprint)
     tokenizer.save(output / "tokenizer")
     dtype = token_dtype(tokenizer.vocab_size)
-    packers = {s: Packer(s, output / s, dtype, task, log.shards[s], log.resume[s]) for s in SPLITS}
-    head = min((log.resume[s][0] for s in SPLITS), key=lambda h: h.place)
-    for unit, tokens in tokenised_units(task, tokenizer_path, head.place, workers):
-        runs, following = splitter.split(unit, tokens, head)
-        for split, run in zip(SPLITS, runs, strict=True):
-            packers[split].add(head, *run)
-        head = following
-        for packer in packers.values():
+    packers = [Packer(s, output / s, dtype, task, log.shards[s], log.pending(s, dtype)) for s in SPLITS]
+    head = log.head
+    for unit, tokens in tokenised_units(task, tokenizer_path, (head.file, head.record), workers):
+        runs, head = splitter.split(unit, tokens, head)
+        for packer, run in zip(packers, runs, strict=True):
+            packer.add(run)
+        for packer in packers:
             while packer.is_full:
-                _finish_shard(packer, packers, head, log)
-        report(unit, sum(packer.num_tokens for packer in packers.values()))
-    for packer in packers.values():
-        while packer.pending_tokens:
-            _finish_shard(packer, packers, head, log)
-    manifests = _manifests(task, tokenizer, packers, head, {**description, "fingerprint": fingerprint})
+                log.append(packer.split, packer.cut(), head, packers)
+        report(unit, sum(packer.num_tokens for packer in packers))
+    for packer in packers:
+        while packer.num_pending:
+            log.append(packer.split, packer.cut(), head, packers)
+    manifests = _manifests(task, tokenizer, log.shards, head, {**description, "fingerprint": fingerprint})
     for split, manifest in manifests.items():
         write_file(output / split / MANIFEST, manifest_to_json(manifest))
     log.remove()
     return manifests
 
 
-def _finish_shard(packer: Packer, packers: dict[str, Packer], head: Head, log: "_ProgressLog") -> None:
-    shard = packer.cut()
-    split = next(s for s in SPLITS if packers[s] is packer)
-    log.append(split, shard, {s: packers[s].resume_point(head) for s in SPLITS})
-
-
 def _manifests(
-    task: Preparation, tokenizer: Tokenizer, packers: dict[str, Packer], head: Head, description: dict
+    task: Preparation, tokenizer: Tokenizer, shards: dict[str, list[Shard]], head: Head, description: dict
 ) -> dict[str, Manifest]:
-    if not any(packer.shards for packer in packers.values()):
+    if not any(shards.values()):
         raise ValueError(f"no text: the {len(task.files)} input files hold only empty documents, or none")
     return {
         split: Manifest(
             split=split,
             dtype=token_dtype(tokenizer.vocab_size),
             chunk_tokens=task.chunk_tokens,
-            num_tokens=sum(shard.num_tokens for shard in packers[split].shards),
-            num_documents=sum(shard.num_documents for shard in packers[split].shards),
+            num_tokens=sum(shard.num_tokens for shard in shards[split]),
+            num_documents=sum(shard.num_documents for shard in shards[split]),
             num_text_bytes=head.text_bytes[number],
             tokenizer=identity_of(tokenizer),
-            shards=tuple(packers[split].shards),
+            shards=tuple(shards[split]),
             preparation=description,
         )
         for number, split in enumerate(SPLITS)
-        if packers[split].shards
+        if shards[split]
     }
 
 
@@ -127,12 +122,17 @@ def _finished(output: Path, fingerprint: str) -> dict[str, Manifest] | None:
 
 
 class _ProgressLog:
-    """progress.jsonl: one line per finished shard with the places to resume at."""
+    """progress.jsonl: one line per finished shard; pending-N.npz: the tokens that waited when N shards were done.
+
+    Attributes:
+        shards: the finished ones of each split.
+        head: the unit to go on with.
+    """
 
     def __init__(self, path: Path, fingerprint: str):
         self._path = path
         self.shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-        self.resume: dict[str, tuple[Head, int]] = {split: (Head(), 0) for split in SPLITS}
+        self.head = Head()
         # what follows the last newline was being written when the process died
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         if not lines:
@@ -145,22 +145,46 @@ class _ProgressLog:
         for line in lines[1:]:
             entry = json.loads(line)
             self.shards[entry["split"]].append(shard_from_json(entry["shard"]))
-            self.resume = {s: (_head(entry["resume"][s][0]), entry["resume"][s][1]) for s in SPLITS}
+            self.head = Head(**{**entry["head"], "text_bytes": tuple(entry["head"]["text_bytes"])})
         write_file(path, "\n".join(lines) + "\n")
+        self._remove_pending(keep=self._num_shards)
 
-    def append(self, split: str, shard: Shard, resume: dict[str, tuple[Head, int]]) -> None:
-        """Record a finished shard."""
-        places = {s: [asdict(head), used] for s, (head, used) in resume.items()}
-        entry = {"split": split, "shard": asdict(shard), "resume": places}
+    @property
+    def _num_shards(self) -> int:
+        return sum(map(len, self.shards.values()))
+
+    def _pending_file(self, num_shards: int) -> Path:
+        return self._path.with_name(f"pending-{num_shards}.npz")
+
+    def _remove_pending(self, keep: int | None) -> None:
+        for file in self._path.parent.glob("pending-*.npz"):
+            if keep is None or file != self._pending_file(keep):
+                file.unlink()
+
+    def pending(self, split: str, dtype: str) -> Run:
+        """The tokens of a split that no finished shard holds."""
+        if not self._num_shards:
+            return join([], dtype)
+        with np.load(self._pending_file(self._num_shards), allow_pickle=False) as arrays:
+            return Run(arrays[f"{split}_ids"], arrays[f"{split}_document_starts"])
+
+    def append(self, split: str, shard: Shard, head: Head, packers: list[Packer]) -> None:
+        """Record a shard that a packer has just added to `shards`."""
+        pending = {packer.split: packer.pending for packer in packers}
+        arrays = {f"{s}_ids": run.ids for s, run in pending.items()}
+        arrays |= {f"{s}_document_starts": run.document_starts for s, run in pending.items()}
+        with self._pending_file(self._num_shards).open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        entry = {"split": split, "shard": asdict(shard), "head": asdict(head)}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, separators=(",", ":")) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._remove_pending(keep=self._num_shards)
 
     def remove(self) -> None:
         """The preparation is complete."""
         self._path.unlink()
-
-
-def _head(raw: dict) -> Head:
-    return Head(**{**raw, "text_bytes": tuple(raw["text_bytes"])})
+        self._remove_pending(keep=None)

@@ -1,0 +1,360 @@
+"""Preparation: every input format, the same bytes for any number of workers and after any kill, nothing lost."""
+
+import gzip
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import webdataset
+import zstandard
+
+from bd3lm_scale.config import DataConfig
+from bd3lm_scale.data import tokenising
+from bd3lm_scale.data.documents import Options, count_documents, find_inputs, read_records, record_text
+from bd3lm_scale.data.prepare import prepare
+from bd3lm_scale.data.stream import open_stream
+from bd3lm_scale.data.tokenising import Preparation
+from bd3lm_scale.data.tokenizer import load_tokenizer
+
+TOOLS = Path(__file__).parents[2] / "tools"
+DOCUMENTS = [f"def f{i}(x):\n    return x * {i}\n" * (1 + i % 7) for i in range(60)] + ["", "  last\n\n one "]
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    monkeypatch.setattr(tokenising, "_UNIT_BYTES", 500)
+
+
+def write_jsonl(path: Path, documents=DOCUMENTS) -> Path:
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)))
+    return path
+
+
+def write_all_formats(folder: Path) -> dict[str, list[str]]:
+    """The same documents in every format, each as arguments of the tool."""
+    plain = write_jsonl(folder / "a.jsonl").read_bytes()
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(plain[:2000]) + gzip.compress(plain[2000:]))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(plain[:2000]) + zstandard.compress(plain[2000:]))
+    table = pa.table({"id": range(len(DOCUMENTS)), "text": DOCUMENTS})
+    pyarrow.parquet.write_table(table, folder / "d.parquet", row_group_size=10)
+    saved = folder / "saved"
+    saved.mkdir()
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, part in zip(names, (table.slice(0, 25), table.slice(25)), strict=True):
+        with pa.OSFile(str(saved / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(part)
+    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
+    (saved / "dataset_info.json").write_text("{}")
+    texts = folder / "texts"
+    texts.mkdir()
+    for i, text in enumerate(DOCUMENTS):
+        (texts / f"{i:03d}.txt").write_bytes(text.encode())
+    with webdataset.TarWriter(str(folder / "e.tar")) as sink:
+        for i, text in enumerate(DOCUMENTS):
+            sink.write({"__key__": f"{i:04d}", "txt": text, "json": {"text": "not this"}})
+    with webdataset.TarWriter(str(folder / "f.tar.gz")) as sink:
+        for i, text in enumerate(DOCUMENTS):
+            sink.write({"__key__": f"x/{i:04d}", "json": {"text": text}, "cls": i})
+    inputs = {p.name: [str(p)] for p in sorted(folder.iterdir())}
+    return inputs | {"pipe": [f"pipe:cat {folder}/e.tar"]}
+
+
+FORMATS = ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "saved", "texts", "e.tar", "f.tar.gz", "pipe"]
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory):
+    found = write_all_formats(tmp_path_factory.mktemp("corpus"))
+    assert sorted(found) == sorted(FORMATS)
+    return found
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_documents(formats, name):
+    files = find_inputs(formats[name])
+    texts = [record_text(r, Options(), f) for f in files for r in read_records(f, Options())]
+    assert texts == DOCUMENTS
+    assert sum(count_documents(f, Options()) for f in files) == len(DOCUMENTS)
+
+
+def tokens_of(output: Path, split: str) -> np.ndarray:
+    """All tokens of a split, as plain webdataset reads them."""
+    shards = sorted(str(p) for p in (output / split).glob("*.tar"))
+    return np.concatenate([s["tokens.npy"] for s in webdataset.WebDataset(shards, shardshuffle=False).decode()])
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(output)): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()}
+
+
+def test_shards_hold_the_documents_with_eos_between(tmp_path, tokenizer_path):
+    task = Preparation((str(write_jsonl(tmp_path / "a.jsonl")),), shard_tokens=700, chunk_tokens=64)
+    manifests = prepare(task, str(tokenizer_path), tmp_path / "out", 0)
+    tokenizer = load_tokenizer(tokenizer_path)
+    eos = tokenizer.eos_token_id
+    expected = [i for text in DOCUMENTS if text for i in (*tokenizer.encode(text), eos)]
+    assert tokens_of(tmp_path / "out", "train").tolist() == expected
+    manifest = manifests["train"]
+    assert [s.num_tokens for s in manifest.shards[:-1]] == [700] * (len(manifest.shards) - 1)
+    assert len(manifest.shards) > 2
+    assert manifest.num_tokens == len(expected)
+    assert manifest.num_documents == len(DOCUMENTS) - 1
+    assert manifest.num_text_bytes == sum(map(len, DOCUMENTS))
+    assert list(manifests) == ["train"], "no document was held out"
+    # document starts: the token after each EOS
+    starts, position = [], 0
+    for shard in manifest.shards:
+        path = str(tmp_path / "out" / "train" / shard.name)
+        for sample in webdataset.WebDataset(path, shardshuffle=False).decode():
+            starts += (position + sample["documents.npy"].astype(int)).tolist()
+            position += len(sample["tokens.npy"])
+    ends = np.flatnonzero(np.array(expected) == eos) + 1
+    assert starts == [0, *ends[:-1].tolist()]
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tokenizer_path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 40)  # three units of 1000 records
+    results = []
+    for workers in (0, 1, 3):
+        task = Preparation((str(corpus),), validation_fraction=0.2, shard_tokens=9000, chunk_tokens=512)
+        prepare(task, str(tokenizer_path), tmp_path / str(workers), workers)
+        results.append(contents(tmp_path / str(workers)))
+    assert results[0] == results[1] == results[2]
+    assert {name.split("/")[0] for name in results[0]} == {"train", "validation", "tokenizer"}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("rule", ["fraction", "last", "inputs"])
+def test_interrupted_preparation_goes_on_to_the_same_bytes(tmp_path, tokenizer_path, small_units, rule):
+    corpus = str(write_jsonl(tmp_path / "a.jsonl"))
+    (tmp_path / "long.txt").write_text("one long line of text after another\n" * 200)
+    split = {
+        "fraction": {"validation_fraction": 0.3},
+        "last": {"validation_documents": 20},
+        "inputs": {"validation_inputs": (corpus,)},
+    }[rule]
+    task = Preparation((corpus, str(tmp_path / "long.txt")), shard_tokens=400, chunk_tokens=64, **split)
+    whole = prepare(task, str(tokenizer_path), tmp_path / "whole", 0)
+    assert min(len(m.shards) for m in whole.values()) > 2
+    kills = 0
+    while True:
+        units = 0
+
+        def report(unit, tokens):
+            nonlocal units
+            units += 1
+            if units == 4:
+                raise Killed
+
+        try:
+            prepare(task, str(tokenizer_path), tmp_path / "out", 0, report)
+            break
+        except Killed:
+            kills += 1
+            # a line and a shard were being written
+            with (tmp_path / "out" / "progress.jsonl").open("a") as file:
+                file.write('{"split": "tr')
+            assert kills < 100, "no progress is made between kills"
+    assert kills > 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_killed_process_with_workers_goes_on_to_the_same_bytes(tmp_path, tokenizer_path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 120)
+    options = [str(corpus), "--tokenizer", str(tokenizer_path), "--shard-tokens", "20000", "--workers", "2"]
+    command = [sys.executable, str(TOOLS / "prepare_data.py"), *options, "--output"]
+    process = subprocess.Popen([*command, str(tmp_path / "out")], start_new_session=True)
+    while not list((tmp_path / "out").glob("train/*.tar")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "out" / "progress.jsonl").exists(), "it was not killed in the middle"
+    for output in ("out", "whole"):
+        subprocess.run([*command, str(tmp_path / output)], check=True, capture_output=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_last_documents_and_hashed_documents_are_held_out(tmp_path, tokenizer_path, small_units):
+    corpus = (str(write_jsonl(tmp_path / "a.jsonl")),)
+    tokenizer = load_tokenizer(tokenizer_path)
+    prepare(Preparation(corpus, validation_documents=5), str(tokenizer_path), tmp_path / "last", 0)
+    last = "".join(tokenizer.decode(tokens_of(tmp_path / "last", "validation")))
+    assert last == "".join(DOCUMENTS[-5:])
+    made = prepare(Preparation(corpus, validation_fraction=0.3), str(tokenizer_path), tmp_path / "hash", 0)
+    assert 8 < made["validation"].num_documents < 30
+    assert made["train"].num_documents + made["validation"].num_documents == len(DOCUMENTS) - 1
+    held_out = tokenizer.decode(tokens_of(tmp_path / "hash", "validation"))
+    # the choice is the document's own: it stays when others come or go
+    fewer = (str(write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[10:30])),)
+    prepare(Preparation(fewer, validation_fraction=0.3), str(tokenizer_path), tmp_path / "fewer", 0)
+    assert tokenizer.decode(tokens_of(tmp_path / "fewer", "validation")) in held_out
+
+
+def test_long_file_is_one_document_in_pieces(tmp_path, tokenizer_path, monkeypatch):
+    monkeypatch.setattr("bd3lm_scale.data.documents._PIECE_BYTES", 100)
+    text = "a line of some text\n" * 50 + "no newline at the end"
+    (tmp_path / "long.txt").write_text(text)
+    records = list(read_records(str(tmp_path / "long.txt"), Options()))
+    assert len(records) > 5
+    assert [r.starts_document for r in records] == [True] + [False] * (len(records) - 1)
+    made = prepare(Preparation((str(tmp_path / "long.txt"),)), str(tokenizer_path), tmp_path / "out", 0)
+    tokens = tokens_of(tmp_path / "out", "train")
+    tokenizer = load_tokenizer(tokenizer_path)
+    assert tokenizer.decode(tokens) == text
+    assert (tokens == tokenizer.eos_token_id).sum() == made["train"].num_documents == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (Options(document="line"), ["a", "b", "", "c"]),
+        (Options(document="line", keep_newlines=True), ["a\n", "b\n", "\n", "c"]),
+        (Options(document="paragraph"), ["a\nb\n", "c"]),
+        (Options(), ["a\nb\n\nc"]),
+    ],
+)
+def test_what_a_document_is_in_text_files(tmp_path, options, expected):
+    (tmp_path / "a.txt").write_text("a\nb\n\nc")
+    assert [r.data.decode() for r in read_records(str(tmp_path / "a.txt"), options)] == expected
+
+
+def test_finished_preparation_is_reused_and_another_is_refused(tmp_path, tokenizer_path, capsys):
+    tool = load_tool("prepare_data")
+    corpus = str(write_jsonl(tmp_path / "a.jsonl"))
+    command = [corpus, "--tokenizer", str(tokenizer_path), "--output", str(tmp_path / "out"), "--workers", "0"]
+    assert tool.main(command) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.tar")}
+    assert tool.main(command) == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.tar")} == before
+    assert "train: 61 documents" in capsys.readouterr().out
+    assert tool.main([*command, "--validation-documents", "3"]) == 1
+    assert "choose another --output" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.tar")} == before
+
+
+def test_dry_run_estimates_and_writes_nothing(tmp_path, tokenizer_path, capsys):
+    corpus = str(write_jsonl(tmp_path / "a.jsonl"))
+    assert load_tool("prepare_data").main([corpus, "--tokenizer", str(tokenizer_path), "--dry-run"]) == 0
+    figures = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    tokenizer = load_tokenizer(tokenizer_path)
+    assert figures["documents"] == "62"
+    assert int(figures["tokens"].replace(",", "")) == sum(len(tokenizer.encode(t)) + bool(t) for t in DOCUMENTS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_evaluation_set_alone(tmp_path, tokenizer_path):
+    (tmp_path / "wiki.txt").write_text(' = Title = \n He said : " 2 @,@ 000 " . \n')
+    command = [str(tmp_path / "wiki.txt"), "--tokenizer", str(tokenizer_path), "--output", str(tmp_path / "out")]
+    options = ["--document", "line", "--detokenizer", "wikitext", "--validation-only", "--no-eos", "--workers", "0"]
+    assert load_tool("prepare_data").main([*command, *options]) == 0
+    tokens = tokens_of(tmp_path / "out", "validation")
+    assert load_tokenizer(tokenizer_path).decode(tokens, keep_special=True) == ' = Title =  He said: "2,000". '
+    assert not (tmp_path / "out" / "train").exists()
+    assert open_stream(DataConfig(path=str(tmp_path / "out"), context_length=8), 1, "validation").num_rows > 1
+
+
+BAD_INPUTS = {
+    "malformed.jsonl": (b'{"text": "a"}\n{"text": \n', r"malformed\.jsonl, record 2: not a JSON object"),
+    "field.jsonl": (b'{"content": "a"}\n', r"field\.jsonl, record 1: no field 'text'; .*--field"),
+    "number.jsonl": (b'{"text": 5}\n', r"record 1: field 'text' is not text but int"),
+    "empty.txt": (b"", "no text: the 1 input files"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "abc"}\n' * 500)[:-10], r"cut\.jsonl\.gz: damaged or cut off"),
+    "cut.jsonl.zst": (zstandard.compress(os.urandom(5000))[:-10], r"cut\.jsonl\.zst: damaged or cut off"),
+    "noise.txt.gz": (b"this is not gzip", r"noise\.txt\.gz: damaged or cut off"),
+    "cut.tar": (b"x" * 700, r"cut\.tar: damaged or cut off"),
+    "cut.parquet": (b"PAR1 and no more", r"cut\.parquet: damaged or cut off"),
+    "table.xls": (b"x", "unknown kind; it must end in"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_error_naming_the_file(tmp_path, tokenizer_path, capsys, name):
+    data, message = BAD_INPUTS[name]
+    (tmp_path / name).write_bytes(data)
+    command = [str(tmp_path / name), "--tokenizer", str(tokenizer_path), "--output", str(tmp_path / "out")]
+    assert load_tool("prepare_data").main([*command, "--workers", "0"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("prepare_data: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not list((tmp_path / "out").rglob("manifest.json"))
+
+
+BAD_COMMANDS = {
+    "nothing": ([], "give INPUT"),
+    "missing": (["/nowhere.txt"], "/nowhere.txt: does not exist"),
+    "two rules": (["a.jsonl", "--validation-documents", "3", "--validation-only"], "exclude each other"),
+    "fraction": (["a.jsonl", "--validation-fraction", "2"], "--validation-fraction 2.0"),
+    "all": (["a.jsonl", "--validation-documents", "62"], "have only 62 documents"),
+    "folder": (["empty"], "no file inside ends in"),
+    "splits": (["splits"], "give one of .*splits/train"),
+    "indices": (["indices"], "flatten_indices"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COMMANDS)
+def test_bad_command_is_one_error(tmp_path, tokenizer_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl")
+    for folder in ("empty", "splits", "indices"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "indices" / "state.json").write_text('{"_data_files": [], "_indices_data_files": [{"filename": "i"}]}')
+    arguments, message = BAD_COMMANDS[name]
+    tail = ["--tokenizer", str(tokenizer_path), "--output", "out", "--workers", "0"]
+    assert load_tool("prepare_data").main([*arguments, *tail]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+
+
+def test_demo_is_one_command_and_reused(tmp_path, capsys):
+    """The demo's whole path: corpus, tokenizer, shards; an older demo in the same folder is replaced."""
+    tool = load_tool("prepare_data")
+    command = ["--demo", "--output", str(tmp_path), "--workers", "0"]
+    assert tool.main(command) == 0
+    before = contents(tmp_path)
+    started_at = time.monotonic()
+    assert tool.main(command) == 0
+    assert time.monotonic() - started_at < 5
+    assert contents(tmp_path) == before
+    stream = open_stream(DataConfig(path=str(tmp_path), context_length=256), 1)
+    tokenizer = load_tokenizer(stream.tokenizer_path)
+    assert stream.num_rows > 2000
+    assert "def " in tokenizer.decode(stream.read(np.arange(20)).reshape(-1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "tokenizer", "train", "validation"]
+    manifest = tmp_path / "train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    assert tool.main(command) == 0
+    assert contents(tmp_path) == before
+    capsys.readouterr()
+
+
+def test_train_tokenizer_takes_the_same_inputs(formats, tmp_path, capsys):
+    tool = load_tool("train_tokenizer")
+    for name, output in (("a.jsonl", "a"), ("d.parquet", "b")):
+        assert tool.main([*formats[name], "--vocab-size", "330", "--output", str(tmp_path / output)]) == 0
+    assert (tmp_path / "a" / "tokenizer.model").read_bytes() == (tmp_path / "b" / "tokenizer.model").read_bytes()
+    assert "330 ids, mask 4" in capsys.readouterr().out
+    assert tool.main([*formats["a.jsonl"], "--vocab-size", "99999", "--output", str(tmp_path / "c")]) == 1
+    assert "--vocab-size" in capsys.readouterr().err
