@@ -74,19 +74,14 @@ class Meter:
 
 
 def find_inputs(paths: list[str]) -> list[str]:
-    """The files that `paths` name: folders expanded in sorted order, braces in URLs and pipes ({0000..0099}).
+    """The files that `paths` name: folders in sorted order, braces ({0000..0099}), and * in object stores.
 
     ValueError when a path does not exist or holds nothing readable.
     """
     found: list[str] = []
-    for name in paths:
-        if is_remote(name):
-            import braceexpand
-
-            found += braceexpand.braceexpand(name)
-            continue
+    for name in [expanded for path in paths for expanded in _expanded(path)]:
         path = Path(name)
-        if not path.exists():
+        if not (is_remote(name) or path.exists()):
             raise ValueError(f"input {name}: does not exist")
         if path.is_dir():
             found += _folder_files(path)
@@ -95,6 +90,19 @@ def find_inputs(paths: list[str]) -> list[str]:
         else:
             raise ValueError(f"input {name}: unknown kind; it must end in {', '.join(_KINDS)} (or .gz, .zst)")
     return found
+
+
+def _expanded(name: str) -> list[str]:
+    if "*" in name and is_remote(name) and not name.startswith(("pipe:", "http://", "https://")):
+        import fsspec
+
+        files, pattern = fsspec.core.url_to_fs(name)
+        return sorted(files.unstrip_protocol(path) for path in files.glob(pattern))
+    if Path(name).exists() or "{" not in name:
+        return [name]
+    import braceexpand
+
+    return list(braceexpand.braceexpand(name))
 
 
 def _folder_files(folder: Path) -> list[str]:

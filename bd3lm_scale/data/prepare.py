@@ -170,11 +170,15 @@ class _ProgressLog:
 
     def append(self, split: str, shard: Shard, head: Head, packers: list[Packer]) -> None:
         """Record a shard that a packer has just added to `shards`."""
-        pending = {packer.split: packer.pending for packer in packers}
-        arrays = {f"{s}_ids": run.ids for s, run in pending.items()}
-        arrays |= {f"{s}_document_starts": run.document_starts for s, run in pending.items()}
+        train, validation = (packer.pending for packer in packers)
         with self._pending_file(self._num_shards).open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(
+                file,
+                train_ids=train.ids,
+                train_document_starts=train.document_starts,
+                validation_ids=validation.ids,
+                validation_document_starts=validation.document_starts,
+            )
             file.flush()
             os.fsync(file.fileno())
         entry = {"split": split, "shard": asdict(shard), "head": asdict(head)}

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -92,6 +93,18 @@ def test_every_format_gives_the_same_documents(formats, name):
     texts = [record_text(r, Options(), f) for f in files for r in read_records(f, Options())]
     assert texts == DOCUMENTS
     assert sum(count_documents(f, Options()) for f in files) == len(DOCUMENTS)
+
+
+def test_inputs_by_braces_and_globs(formats):
+    folder = Path(formats["a.jsonl"][0]).parent
+    assert find_inputs([f"{folder}/texts/{{003..005}}.txt"]) == [f"{folder}/texts/{i:03d}.txt" for i in (3, 4, 5)]
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder / "texts"), "/corpus", recursive=True)
+    found = find_inputs(["memory://corpus/00*.txt"])
+    assert len(found) == 10
+    assert [r.data.decode() for f in found for r in read_records(f, Options())] == DOCUMENTS[:10]
+    with pytest.raises(ValueError, match="unknown kind"):
+        find_inputs(["http://127.0.0.1/corpus"])
 
 
 def tokens_of(output: Path, split: str) -> np.ndarray:
