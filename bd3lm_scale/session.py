@@ -16,9 +16,8 @@ from bd3lm_scale.checkpoint.lock import RunLock
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.checkpoint.store import CheckpointStore
-from bd3lm_scale.config import ConfigError, RunConfig
+from bd3lm_scale.config import RunConfig
 from bd3lm_scale.config_load import to_dict, to_yaml
-from bd3lm_scale.config_resume import resume_differences
 from bd3lm_scale.data.batches import BadShardError, BatchPlan, BatchReader
 from bd3lm_scale.data.stream import RowStream
 from bd3lm_scale.diffusion.clip_search import choose_interval, variance_table
@@ -27,6 +26,7 @@ from bd3lm_scale.optim.zero import ZeroOptimizer
 from bd3lm_scale.parallel.mesh import Mesh, new_host_group
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 from bd3lm_scale.runtime.log import get_logger
+from bd3lm_scale.session_checks import refuse_differences, refuse_other_model
 from bd3lm_scale.validation import Validation
 from bd3lm_scale.values import Cursor, Rows
 
@@ -164,8 +164,19 @@ class Session:
         self.store.wait()
         self.batches.close()
 
-    def _meta(self) -> dict[str, Any]:
+    def layout(self) -> dict[str, Any]:
+        """How the model and the batch are cut over the ranks."""
         mesh = self.engine.mesh
+        return {
+            "tensor": mesh.tensor_size,
+            "pipeline": mesh.pipeline_size,
+            "data": mesh.data_size,
+            "zero_stage": self.config.optim.zero_stage,
+            "sequence_parallel": self.config.parallel.sequence_parallel,
+            "micro_batch_size": self.config.train.micro_batch_size,
+        }
+
+    def _meta(self) -> dict[str, Any]:
         return {
             "tokens": self.step * self.config.train.global_batch_size * self.config.data.context_length,
             "optimizer_step": self.optimizer.updates,
@@ -173,12 +184,7 @@ class Session:
             "clip": {"low": self.interval[0], "high": self.interval[1], "validations": self.validations},
             "policy": self.policy.state(),
             "config": to_dict(self.config),
-            "layout": {
-                "tensor": mesh.tensor_size,
-                "pipeline": mesh.pipeline_size,
-                "data": mesh.data_size,
-                "zero_stage": self.config.optim.zero_stage,
-            },
+            "layout": self.layout(),
             "vocab_size": self.stream.vocab_size,
             "mask_token_id": self.stream.mask_token_id,
             "tokenizer_hash": self.stream.tokenizer_hash,
@@ -216,7 +222,7 @@ def open_session(
     plan = BatchPlan(config.train.global_batch_size, config.train.micro_batch_size, mesh.data_rank, mesh.data_size)
     reader = store.newest(step)
     if reader is not None:
-        agreement.together(lambda: _refuse_differences(reader, config, stream, fresh))
+        agreement.together(lambda: refuse_differences(reader, config, stream, fresh))
     batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps)
     interval = (max(config.diffusion.clip_low, config.diffusion.time_epsilon), config.diffusion.clip_high)
     policy = AnomalyPolicy(config.runtime)
@@ -225,6 +231,8 @@ def open_session(
         restore(session, reader)
         session.resumed_from = reader.path
         log.info("resumed %s (step %d, saved as %s)", reader.path, session.step, reader.meta.get("layout"))
+        if config.model.dropout > 0 and reader.meta.get("layout") != session.layout() and mesh.reports:
+            log.warning("another layout with dropout: the same tokens, masks and times, but other dropout masks")
     elif config.train.init_from:
         start_from(session, config.train.init_from, config.train.init_weights)
     store.prepare(session.optimizer.slices())
@@ -249,10 +257,15 @@ def restore(session: Session, reader: CheckpointReader) -> None:
 
 
 def start_from(session: Session, source: str, weights: str) -> None:
-    """Begin a new run at the weights of another: optimizer and step fresh, the average starting at those weights."""
+    """Begin a new run at the weights of another: optimizer and step fresh, the average starting at those weights.
+
+    Raises:
+        ConfigError: the other run's model has other parameters or another vocabulary.
+    """
 
     def fill() -> tuple[CheckpointReader, str]:
         reader = open_checkpoint(find_checkpoint(source))
+        refuse_other_model(reader, session.config, session.stream)
         kind = "ema" if weights == "ema" and "ema" in reader.kinds() else "master"
         reader.fill(session.optimizer.slices(), {"master": kind})
         return reader, kind
@@ -272,21 +285,6 @@ def write_run_folder(config: RunConfig, stream: RowStream) -> None:
         temporary = folder / ".tokenizer"
         shutil.copytree(stream.tokenizer_path, temporary, dirs_exist_ok=True)
         temporary.rename(folder / "tokenizer")
-
-
-def _refuse_differences(reader: CheckpointReader, config: RunConfig, stream: RowStream, fresh: bool) -> None:
-    if fresh:
-        raise ConfigError(
-            [f"run_dir ({config.run_dir}): holds {reader.path.name}; use another run_dir, or drop --fresh"]
-        )
-    found = resume_differences(reader.meta["config"], config)
-    if reader.meta.get("tokenizer_hash") != stream.tokenizer_hash:
-        found.append(
-            f"data.path ({config.data.path}): its tokenizer is not the one {reader.path.name} was trained with; "
-            "use the same shards, or another run_dir"
-        )
-    if found:
-        raise ConfigError(found, source=f"resuming {reader.path}")
 
 
 def set_threads(config: RunConfig, device: torch.device) -> None:
