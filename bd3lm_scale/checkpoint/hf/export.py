@@ -161,6 +161,7 @@ def config_fields(
         "auto_map": {
             "AutoConfig": "configuration_bd3lm.BD3LMConfig",
             "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM",
+            "AutoModelForCausalLM": "modeling_bd3lm.BD3LM",  # what pipeline("text-generation") asks for
         },
         "model_type": "bd3lm",
         "objective": objective,

@@ -13,11 +13,10 @@ OBJECTIVES = {
 }
 
 USAGE = """```python
-import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 folder = "."  # this folder, or its name on a hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
 
 prompt = tokenizer(["def main():"], return_tensors="pt")
