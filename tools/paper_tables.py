@@ -23,7 +23,7 @@ from bd3lm_scale.config import ConfigError, RunConfig
 from bd3lm_scale.config_load import load_config
 from bd3lm_scale.runtime.metrics import FILE_NAME, read_metrics
 
-CORPORA = ("ptb", "wikitext", "lm1b", "lambada", "ag_news", "pubmed", "arxiv")
+CORPORA: tuple[str, ...] = ("ptb", "wikitext", "lm1b", "lambada", "ag_news", "pubmed", "arxiv")
 INK, ACCENT, FAINT = "#1f4e79", "#c05a1a", "#a9c4de"
 
 # Published figures (Arriola et al. 2025), by model: what each table prints beside ours

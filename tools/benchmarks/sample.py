@@ -124,8 +124,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             return FastDecoder(weights, case.block_size, rows, window=case.data.context_length)
 
         def work(case: RunConfig = case, batch: int = batch, open_network: Callable = open_network) -> list:
-            special = {"mask_token_id": VOCAB_SIZE - 1, "eos_token_id": 1}
-            return list(draw_samples(open_network, case, [(1,)] * batch, range(batch), **special))
+            mask, eos = VOCAB_SIZE - 1, 1
+            samples = draw_samples(
+                open_network, case, [(eos,)] * batch, range(batch), mask_token_id=mask, eos_token_id=eos
+            )
+            return list(samples)
 
         seconds, samples = cpu_seconds(work, args.repeats)
         tokens = sum(len(s.tokens) - s.prompt_length for s in samples)
