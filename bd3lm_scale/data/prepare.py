@@ -181,7 +181,7 @@ class _ProgressLog:
             )
             file.flush()
             os.fsync(file.fileno())
-        entry = {"split": split, "shard": asdict(shard), "head": asdict(head)}
+        entry = {"split": split, "shard": shard.to_json(), "head": asdict(head)}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, separators=(",", ":")) + "\n")
             file.flush()

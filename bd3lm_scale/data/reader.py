@@ -44,7 +44,7 @@ class _OpenShard:
             os.close(file)
             raise DamagedError(f"has {size} bytes, the manifest says {shard.size}")
         self.file = file
-        self.members = shard.token_members
+        self.members = shard.token_members.tolist()
         self.itemsize = np.dtype(manifest.dtype).itemsize
         self.chunk_tokens = manifest.chunk_tokens
         self.vocab_size = manifest.tokenizer.vocab_size

@@ -49,17 +49,26 @@ class TokenizerIdentity:
     files: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
-    """One tar: `token_members` and `document_members` list [offset of the data, size, crc32] per chunk."""
+    """One tar.
+
+    Attributes:
+        token_members, document_members: int64 (chunks, 3): offset of the data, size, crc32.
+    """
 
     name: str
     size: int
     sha256: str
     num_tokens: int
     num_documents: int
-    token_members: tuple[tuple[int, int, int], ...]
-    document_members: tuple[tuple[int, int, int], ...]
+    token_members: np.ndarray
+    document_members: np.ndarray
+
+    def to_json(self) -> dict:
+        """The shard's entry in a manifest."""
+        members = {key: getattr(self, key).tolist() for key in ("token_members", "document_members")}
+        return {**vars(self), **members}
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "tokenizer": vars(manifest.tokenizer),
         "preparation": manifest.preparation,
     }
-    lines = ",\n".join(json.dumps(vars(shard), separators=(",", ":")) for shard in manifest.shards)
+    lines = ",\n".join(json.dumps(shard.to_json(), separators=(",", ":")) for shard in manifest.shards)
     return json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n' + lines + "\n]\n}\n"
 
 
@@ -142,9 +151,13 @@ def shard_from_json(entry: dict) -> Shard:
         sha256=entry["sha256"],
         num_tokens=entry["num_tokens"],
         num_documents=entry["num_documents"],
-        token_members=tuple((offset, size, crc32) for offset, size, crc32 in entry["token_members"]),
-        document_members=tuple((offset, size, crc32) for offset, size, crc32 in entry["document_members"]),
+        token_members=_members(entry["token_members"]),
+        document_members=_members(entry["document_members"]),
     )
+
+
+def _members(entries: list) -> np.ndarray:
+    return np.array(entries, np.int64).reshape(-1, 3)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -226,8 +239,8 @@ def write_shard(
         sha256=file.digest.hexdigest(),
         num_tokens=len(tokens),
         num_documents=len(document_starts),
-        token_members=tuple(token_members),
-        document_members=tuple(document_members),
+        token_members=_members(token_members),
+        document_members=_members(document_members),
     )
 
 

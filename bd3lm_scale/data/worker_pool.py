@@ -147,6 +147,7 @@ class WorkerPool:
                 if answer["generation"] == self._generation:
                     del self._under_way[answer["step"]]
                     self._answers[answer["step"]] = answer
+                    self._restarts = 0  # workers that live are not the ones that cannot
         answer = self._answers.pop(step)
         if "error" in answer:
             self.forget_requests()

@@ -58,7 +58,7 @@ def test_equal_tokens_give_equal_bytes(tmp_path):
     first = write_shard(tmp_path, "a.tar", tokens, starts, "uint16", 64)
     second = write_shard(tmp_path, "b.tar", tokens.astype("uint32"), starts, "uint16", 64)
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
-    assert dataclasses.replace(second, name="a.tar") == first
+    assert dataclasses.replace(second, name="a.tar").to_json() == first.to_json()
 
 
 def test_manifest_survives_the_round_trip(dataset):
