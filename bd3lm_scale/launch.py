@@ -88,7 +88,7 @@ class Launcher:
         self.ranks = ranks
         self.runtime = runtime_folder(plan.run_dir)
         self.memory = Memory(plan.run_dir)
-        self.start_number = int(str(read_json(self.runtime / "attempt.json").get("attempt", "-1")).split(".")[0]) + 1
+        self.start_number = start_number_of(self.runtime) + 1
         self.stop_asked = ""
         self.known_nodes: list[str] = []
         self.excluded: set[str] = set()
@@ -129,6 +129,8 @@ class Launcher:
         nodes = choose_nodes(available, plan.ranks_per_node, plan.model_parallel_size, plan.min_nodes, plan.max_nodes)
         if self.stop_asked:
             return Ending(ExitCode.STOPPED, f"launcher: {self.stop_asked}", attempt)
+        if self._is_superseded():
+            return Ending(ExitCode.FENCED, "a newer start of this run has taken over", attempt)
         if not nodes:
             text = f"{len(available)} nodes answer, the layout needs {plan.min_nodes} of {plan.ranks_per_node} ranks"
             return Ending(ExitCode.PREFLIGHT, text, attempt, blames_node=True)
@@ -142,8 +144,12 @@ class Launcher:
         complaint = ""
         asked_at: float | None = None
         while (ended := self.ranks.poll()) is None:
-            self._beat()
             trouble = monitor.look()
+            if self._beat_is_due():
+                if self._is_superseded():
+                    trouble = "a newer start of this run has taken over"
+                else:
+                    self._beat()
             if self.stop_asked and asked_at is None:
                 asked_at = time.monotonic()
                 request = {"attempt": attempt, "reason": self.stop_asked}
@@ -189,6 +195,9 @@ class Launcher:
         return Action.RESTART
 
     def _finish(self, ending: Ending, action: Action) -> int:
+        if self._is_superseded():
+            log.error("a newer start of this run has taken over: leaving without a trace")
+            return ExitCode.FENCED
         self._beat(has_ended=True)
         if action is Action.REQUEUE:
             if self.memory.add_requeue() <= self.plan.limits.max_requeues:
@@ -209,18 +218,25 @@ class Launcher:
             log.info("waiting %.0f s before the next start", seconds)
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.stop_asked:
-            self._beat()
+            if self._beat_is_due():
+                self._beat()
             time.sleep(POLL_SECONDS)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.stop_asked = self.stop_asked or signal.Signals(number).name
 
+    def _beat_is_due(self) -> bool:
+        return time.monotonic() >= self._next_beat
+
     def _beat(self, has_ended: bool = False) -> None:
         """Say that this launcher lives, so that a second one for the same run folder finds out."""
-        if has_ended or time.monotonic() >= self._next_beat:
-            self._next_beat = time.monotonic() + BEAT_SECONDS
-            self._beats += 1
-            write_json(self.runtime / "launcher.json", {**self._identity, "beats": self._beats, "has_ended": has_ended})
+        self._next_beat = time.monotonic() + BEAT_SECONDS
+        self._beats += 1
+        write_json(self.runtime / "launcher.json", {**self._identity, "beats": self._beats, "has_ended": has_ended})
+
+    def _is_superseded(self) -> bool:
+        """Whether the scheduler has started this run elsewhere, believing this node dead (it lost its network)."""
+        return start_number_of(self.runtime) > self.start_number
 
     def _is_owned_by_another(self) -> bool:
         """Whether another launcher is at work in this run folder: its file is watched for a while if need be."""
@@ -239,6 +255,11 @@ class Launcher:
                 log.error("%s is in use by process %s on %s", self.plan.run_dir, now["pid"], now["node"])
                 return True
         return False
+
+
+def start_number_of(runtime: Path) -> int:
+    """Which start of a launcher owns the run folder; -1 before the first."""
+    return int(str(read_json(runtime / "attempt.json").get("attempt", "-1")).split(".")[0])
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -69,7 +69,7 @@ class Limits:
 def decide(ending: Ending, stop_asked: bool, can_requeue: bool) -> Action:
     """What to do after `ending`; `stop_asked`: the launcher itself was told to stop (time limit, preemption)."""
     give_way = Action.REQUEUE if can_requeue else Action.END
-    if ending.code == ExitCode.FINISHED or ending.code in NEVER_RETRIED:
+    if ending.code in (ExitCode.FINISHED, ExitCode.FENCED) or ending.code in NEVER_RETRIED:
         return Action.END
     if ending.reason == BY_USER or (ending.code == ExitCode.STOPPED and ending.reason == BY_TIME_LIMIT):
         return Action.END

@@ -30,7 +30,8 @@ STALE_VARIABLES = (
 PROBE_SECONDS = 60
 KILL_SECONDS = 4
 RANK_FELL = re.compile(
-    r"srun: error: (?P<node>\S+): tasks? (?P<rank>[-\d,]+): (?P<how>Exited with exit code (?P<code>\d+)|Killed|.*dumped.*)"
+    r"srun: error: (?P<node>\S+): tasks? (?P<rank>[-\d,]+): "
+    r"(?P<how>Exited with exit code (?P<code>\d+)|Killed|.*dumped)"
 )
 WAIT_AFTER_FIRST_EXIT_SECONDS = 10
 
@@ -120,14 +121,15 @@ class SlurmRanks:
         """Put the job back into the queue; Slurm ends this process while it waits.
 
         Preemption and node failures requeue on their own, and a cancelled job must stay cancelled: then the job is no
-        longer RUNNING and there is nothing to do.
+        longer RUNNING and there is nothing to do. It may also run elsewhere already, while this launcher was cut off
+        from the network: that one must be left in peace.
         """
-        if self._state() == "RUNNING":
+        if self._is_running_here():
             done = self._ask(["scontrol", "requeue", self.job])
             if done.returncode == 0:
                 log.info("requeued; waiting for Slurm to end this job")
                 time.sleep(120)
-            elif self._state() == "RUNNING":
+            elif self._is_running_here():
                 log.error("cannot requeue (%s): submit again to resume", done.stderr.strip())
         return int(ExitCode.STOPPED)
 
@@ -159,8 +161,12 @@ class SlurmRanks:
             f"--ntasks-per-node={tasks_per_node}",
         ]
 
-    def _state(self) -> str:
-        return self._ask(["squeue", "--noheader", f"--jobs={self.job}", "--format=%T"]).stdout.strip()
+    def _is_running_here(self) -> bool:
+        """Whether the job runs, and in this incarnation."""
+        words = self._ask(["scontrol", "show", "job", "--oneliner", self.job]).stdout.split()
+        facts = dict(word.split("=", 1) for word in words if "=" in word)
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+        return facts.get("JobState") == "RUNNING" and facts.get("Restarts", restarts) == restarts
 
     def _ask(self, command: list[str], timeout: float = 30) -> subprocess.CompletedProcess:
         """Run one of Slurm's commands; its silence is an answer too. Resizing leaves scripts in the work folder."""

@@ -24,7 +24,7 @@ from bd3lm_scale.launch_policy import (
 )
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.metrics import read_metrics
-from bd3lm_scale.runtime.run_folder import read_json
+from bd3lm_scale.runtime.run_folder import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 STEPS = 40
@@ -166,6 +166,14 @@ def test_second_launcher_in_the_same_run_folder_refuses(config, tmp_path):
     assert first.finish().process.returncode == ExitCode.STOPPED
 
 
+def test_launcher_that_was_believed_dead_leaves_the_newer_one_alone(config, tmp_path):
+    run = Run(config, tmp_path / "run", "train.steps=100000")
+    run.wait_for_step(3)
+    write_json(tmp_path / "run/runtime/attempt.json", {"attempt": "1.0"})  # as the scheduler's second start would
+    assert run.finish().process.returncode == ExitCode.FENCED, run.output
+    assert read_json(tmp_path / "run/runtime/attempt.json") == {"attempt": "1.0"}
+
+
 def test_ranks_die_with_their_launcher(config, tmp_path):
     run = Run(config, tmp_path / "run", "train.steps=100000")
     run.wait_for_step(3)
@@ -206,6 +214,8 @@ def test_check_says_what_would_run(config, tmp_path):
         (1, "", False, False, Action.RESTART),
         (-9, "", True, False, Action.END),
         (ExitCode.IN_USE, "", False, False, Action.RESTART),
+        (ExitCode.FENCED, "", False, True, Action.END),
+        (ExitCode.FENCED, "", True, True, Action.END),
     ],
 )
 def test_decisions(code, reason, stop_asked, can_requeue, action):

@@ -192,7 +192,7 @@ def note(losses_of_time, request):
         seconds, steps = job.time_lost()
         name = request.node.name.removeprefix("test_").replace("_", " ")
         losses_of_time[name] = f"{seconds:5.1f} s   {steps:3d} steps"
-        assert steps <= 2 * CHECKPOINT_STEPS
+        assert steps <= 2 * CHECKPOINT_STEPS, f"{job.attempts}\n{job.output}"
         return seconds
 
     return note
