@@ -135,6 +135,8 @@ class BlockGeneration:
         """
         settings = self._settings(generation_config or self.generation_config, options)
         device = self.backbone.vocab_embed.embedding.device
+        if device.type == "meta":  # offloaded by accelerate, whose hooks move what a layer is given
+            device = torch.device("cpu") if input_ids is None else input_ids.device
         draws = Draws(settings, device)
         draws.generator = generator if generator is not None else draws.generator
         was_training = self.training
