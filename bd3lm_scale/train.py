@@ -93,7 +93,10 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
         level = logging.INFO if code in (ExitCode.FINISHED, ExitCode.STOPPED) else logging.ERROR
         log.log(level, "%s at step %d: %s", ExitCode(code).name.lower(), steps_done, reason)
         if owns_folder and code != ExitCode.FENCED:
-            write_status(config.run_dir, code, reason, steps_done)
+            try:
+                write_status(config.run_dir, code, reason, steps_done)
+            except OSError as error:
+                log.warning("runtime/status.json cannot be written: %s", error)
     if code != ExitCode.FAILED:  # after a failure the others may not be there to take leave of
         shutdown()
     return code

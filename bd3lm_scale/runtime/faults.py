@@ -3,22 +3,24 @@
     BD3LM_FAULTS="kill@step=10:rank=1,hang@save:before_manifest:rank=0,nan@step=7"
 
 Each fault is `action@place[:condition=value...]`. The place is the name given to `point` ("step" when left out).
-Conditions: `step`, `rank`, `attempt` (e.g. 0.0), `after` (seconds between the point and the fault, which then
-strikes in the middle of whatever runs), `seconds` (of slow). Actions: kill (SIGKILL), hang (sleep for ever), freeze
-(SIGSTOP), term (SIGTERM), error (raise), slow (sleep once), nan (`point` returns True: the caller spoils its figure).
+Conditions: `step`, `rank`, `attempt` (e.g. 0.0), `times` (at most so often in one process), `after` (seconds between
+the point and the fault, which then strikes in the middle of whatever runs), `seconds` (of slow). Actions: kill
+(SIGKILL), hang (sleep for ever), freeze (SIGSTOP), term (SIGTERM), error (raise), slow (sleep once), nan (`point`
+returns True: the caller spoils its figure).
 """
 
 import os
 import signal
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 from bd3lm_scale.runtime.run_folder import current_attempt, current_rank
 
 VARIABLE = "BD3LM_FAULTS"
 ACTIONS = ("kill", "hang", "freeze", "term", "error", "slow", "nan")
-CONDITIONS = ("step", "rank", "attempt", "after", "seconds")
+CONDITIONS = ("step", "rank", "attempt", "times", "after", "seconds")
 
 
 class InjectedError(RuntimeError):
@@ -54,6 +56,7 @@ def parse(text: str) -> tuple[Fault, ...]:
 
 
 _last_step: int | None = None
+_struck: Counter[str] = Counter()
 
 
 def point(name: str, step: int | None = None) -> bool:
@@ -67,7 +70,9 @@ def point(name: str, step: int | None = None) -> bool:
     global _last_step
     _last_step = _last_step if step is None else step
     due = [fault for fault in parse(text) if fault.strikes(name, _last_step)]
+    due = [fault for fault in due if _struck[repr(fault)] < float(fault.conditions.get("times", "inf"))]
     for fault in due:
+        _struck[repr(fault)] += 1
         _act(fault)
     return any(fault.action == "nan" for fault in due)
 

@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON object per line, the truth about a run; Weights & Biases gets a copy when it can."""
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ log = get_logger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 SYNC_SECONDS = 10.0
+MAX_UNWRITTEN_BYTES = 1 << 24
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -25,7 +27,7 @@ class MetricsWriter:
 
     Lines reach the operating system at once, so a killed process loses nothing; a half-written last line, left by a
     machine that lost power, is cut off when the file is opened again. Steps repeated after a resume are written again
-    with their new `attempt`: the last line per (kind, step) wins.
+    with their new `attempt`: the last line per (kind, step) wins. While the disk is full, lines wait in memory.
     """
 
     def __init__(
@@ -44,7 +46,8 @@ class MetricsWriter:
         path = Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
         self._next_sync = time.monotonic() + SYNC_SECONDS
         if logging is not None and logging.wandb != "disabled":
             self._mirror = WandbMirror(Path(run_dir), logging, run_config or {})
@@ -55,8 +58,7 @@ class MetricsWriter:
             return
         row = {"kind": kind, "step": step, **figures, "attempt": self.attempt, "time": round(time.time(), 3)}
         row = {name: to_json(value) for name, value in row.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
         if time.monotonic() >= self._next_sync:
             self.sync()
         if self._mirror is not None:
@@ -65,8 +67,22 @@ class MetricsWriter:
     def sync(self) -> None:
         """Force what was written to the disk (done every few seconds; call it before a checkpoint is committed)."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            self._append(b"")
+            with contextlib.suppress(OSError):  # said by _append, if it lasts
+                os.fsync(self._file.fileno())
             self._next_sync = time.monotonic() + SYNC_SECONDS
+
+    def _append(self, line: bytes) -> None:
+        """Write what waits and this line; a disk that takes neither is no reason to end a run."""
+        assert self._file is not None
+        had_waiting = bool(self._unwritten)
+        self._unwritten = (self._unwritten + line)[-MAX_UNWRITTEN_BYTES:]
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not had_waiting:
+                log.error("%s cannot be written, its lines wait in memory: %s", self._file.name, error)
 
     def close(self) -> None:
         """Finish the file and the mirror."""

@@ -33,6 +33,11 @@ def test_points_inside_a_save_know_the_step(monkeypatch):
         faults.point("save:before_manifest")
 
 
+def test_a_fault_can_strike_a_limited_number_of_times(monkeypatch):
+    monkeypatch.setenv(faults.VARIABLE, "nan@loss:step=7:times=2")
+    assert [faults.point("loss", step) for step in (7, 6, 7, 7)] == [True, False, True, False]
+
+
 @pytest.mark.parametrize("text", ["explode@step=3", "kill@step=3:colour=red"])
 def test_wrong_orders_are_named(text):
     with pytest.raises(ValueError, match=text):

@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 import time
 
 import numpy as np
@@ -49,6 +50,25 @@ def test_torn_last_line_is_cut_and_costs_no_other(tmp_path, torn):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     write_steps(tmp_path, "0.1", [4])
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2, 3, 4]
+
+
+def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path):
+    writer = MetricsWriter(tmp_path, attempt="0.0")
+    writer.write("train", 1, loss=1.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # in the middle of the next line: what a full disk took of it stays
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 10, before[1]))
+    try:
+        for step in (2, 3):
+            writer.write("train", step, loss=float(step))
+        writer.sync()
+        during = [row["step"] for row in read_metrics(tmp_path)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    writer.write("train", 4, loss=4.0)
+    writer.close()
+    assert during == [1]
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
 
 
 def test_other_ranks_write_nothing(tmp_path):
