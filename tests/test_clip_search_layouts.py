@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_parallel_equals_serial import free_port
-from tests.tiny_data import prepare_tiny
+from tests.training_runs import free_port
 
 WORKER = Path(__file__).parent / "parallel" / "clip_search_worker.py"
 TP2, PP2 = "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"
@@ -51,9 +50,9 @@ def launch(world: int, folder: Path, cases: dict[str, dict]) -> None:
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def records(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("clip_search")
-    prepare_tiny(folder)
+    (folder / "data").symlink_to(tiny_data)
     launch(1, folder, SERIAL)
     launch(2, folder, {name: case for name, (_, case) in PARALLEL.items()})
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in (*SERIAL, *PARALLEL)}

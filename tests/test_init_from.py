@@ -1,8 +1,5 @@
 """Fine-tuning: MDLM pretraining -> blocks of 16 -> blocks of 4, by the train command; other models are refused."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,23 +7,7 @@ import torch
 
 from bd3lm_scale.checkpoint.reader import find_checkpoint, open_checkpoint
 from bd3lm_scale.runtime.exit_codes import ExitCode
-from bd3lm_scale.runtime.metrics import read_metrics
-from tests.tiny_data import prepare_tiny
-
-ROOT = Path(__file__).parents[1]
-TINY = [
-    "data.context_length=32", "data.workers=0", "model.hidden_size=64", "model.num_heads=4", "model.num_layers=2",
-    "model.cond_dim=16", "train.global_batch_size=8", "train.micro_batch_size=8", "optim.lr=0.01",
-    "optim.warmup_steps=5", "optim.ema_decay=0.9", "evaluation.rows=64", "evaluation.draws=8", "runtime.device=cpu",
-    "logging.progress=false",
-]  # fmt: skip
-
-
-def train(run_dir: Path, data: Path, *overrides: str) -> subprocess.CompletedProcess:
-    config = str(ROOT / "configs" / "demo.yaml")
-    command = [sys.executable, "-m", "bd3lm_scale.train", config, *TINY, f"run_dir={run_dir}", f"data.path={data}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=300)
+from tests.training_runs import prepare_tiny_data, rows_of
 
 
 def steps(count: int) -> list[str]:
@@ -34,30 +15,24 @@ def steps(count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(trainer, tmp_path_factory):
     """The chain of the paper, every link started from the run folder before it."""
     folder = tmp_path_factory.mktemp("chain")
-    data = prepare_tiny(folder / "tiny")
+    start = f"train.init_from={folder / 'pretrain'}"
     links = {
-        "pretrain": ["diffusion.objective=mdlm", "diffusion.clip_search.enabled=false", *steps(80)],
-        "block16": ["diffusion.block_size=16", f"train.init_from={folder / 'pretrain'}", *steps(1)],
-        "block4": ["diffusion.block_size=4", f"train.init_from={folder / 'block16'}", *steps(40)],
-        "raw": ["diffusion.block_size=4", f"train.init_from={folder / 'pretrain'}",
-                "train.init_weights=raw", *steps(1)],
-        "scratch": ["diffusion.block_size=4", *steps(40)],
-    }  # fmt: skip
+        "pretrain": ["diffusion.objective=mdlm", "diffusion.clip_search.enabled=false", *steps(60)],
+        "block16": ["diffusion.block_size=16", start, *steps(1)],
+        "block4": ["diffusion.block_size=4", f"train.init_from={folder / 'block16'}", *steps(8)],
+        "raw": ["diffusion.block_size=4", start, "train.init_weights=raw", *steps(1)],
+        "scratch": ["diffusion.block_size=4", *steps(8)],
+    }
     for name, overrides in links.items():
-        done = train(folder / name, data, *overrides)
-        assert done.returncode == ExitCode.FINISHED, done.stderr[-4000:]
+        trainer.train(folder / name, "evaluation.rows=64", "evaluation.draws=4", *overrides)
     return folder
 
 
 def checkpoint(folder: Path):
     return open_checkpoint(find_checkpoint(folder))
-
-
-def lines(folder: Path, kind: str) -> list[dict]:
-    return [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 def test_a_run_starts_at_the_averaged_weights_of_another(runs):
@@ -78,48 +53,43 @@ def test_or_at_its_raw_weights(runs):
 
 def test_optimizer_step_and_clip_interval_are_fresh(runs):
     meta = checkpoint(runs / "block4").meta
-    assert (meta["step"], meta["optimizer_step"], meta["cursor"]["step"]) == (40, 40, 40)
-    train_lines = lines(runs / "block4", "train")
-    assert [row["step"] for row in train_lines] == list(range(1, 41))
-    assert train_lines[0]["lr"] < train_lines[-1]["lr"], "the warm-up starts again"
-    assert (train_lines[0]["clip_low"], train_lines[0]["clip_high"]) == (0.001, 1.0)
+    assert (meta["step"], meta["optimizer_step"], meta["cursor"]["step"]) == (8, 8, 8)
+    rows = rows_of(runs / "block4")
+    assert sorted(rows) == list(range(1, 9))
+    assert rows[1]["lr"] < rows[8]["lr"], "the warm-up starts again"
+    assert (rows[1]["clip_low"], rows[1]["clip_high"]) == (0.001, 1.0)
 
 
 def test_fine_tuning_goes_on_from_what_was_learned(runs):
     """The first batch is already likelier than at random weights, and the end better than the same steps alone."""
-    fine, scratch = lines(runs / "block4", "train"), lines(runs / "scratch", "train")
-    assert fine[0]["stream_hash"] == scratch[0]["stream_hash"], "same seed, same rows and noise"
-    assert fine[0]["loss"] < 0.8 * scratch[0]["loss"]
-    (after,), (alone,) = lines(runs / "block4", "validation"), lines(runs / "scratch", "validation")
+    fine, scratch = rows_of(runs / "block4"), rows_of(runs / "scratch")
+    assert fine[1]["stream_hash"] == scratch[1]["stream_hash"], "same seed, same rows and noise"
+    assert fine[1]["loss"] < 0.8 * scratch[1]["loss"]
+    after, alone = (rows_of(runs / name, "validation")[8] for name in ("block4", "scratch"))
     assert after["nelbo"] < alone["nelbo"] - alone["stderr"]
 
 
-def test_an_existing_checkpoint_goes_before_init_from(runs):
-    overrides = ["diffusion.block_size=4", "train.init_from=/does/not/exist", *steps(41)]
-    done = train(runs / "block4", runs / "tiny" / "data", *overrides)
-    assert done.returncode == ExitCode.FINISHED, done.stderr[-4000:]
-    assert checkpoint(runs / "block4").meta["step"] == 41
+def test_an_existing_checkpoint_goes_before_init_from(runs, trainer):
+    trainer.train(runs / "block4", "diffusion.block_size=4", "train.init_from=/does/not/exist", "evaluation.rows=64",
+                  "evaluation.draws=4", *steps(9))  # fmt: skip
+    assert checkpoint(runs / "block4").meta["step"] == 9
 
 
 @pytest.mark.parametrize(
     ("overrides", "reasons"),
     [
-        (
-            ["model.hidden_size=32", "model.num_layers=3"],
-            ["train.init_from", "missing: decoder.layers.2.", "more", "use its model.*"],
-        ),
-        (["diffusion.objective=ar"], ["not expected: ", "modulation.bias (384,)"]),
-        (["data.path=OTHER"], ["vocab_size is 300, the data's tokenizer has 310"]),
+        (["model.hidden_size=64", "model.num_layers=5"], ["missing: decoder.layers.4.", "more", "use its model.*"]),
+        (["diffusion.objective=ar"], ["not expected: ", "modulation.bias (192,)"]),
+        (["data.path=OTHER"], ["vocab_size is 300, the data's tokenizer has 290"]),
     ],
     ids=["size", "objective", "vocabulary"],
 )
-def test_other_models_are_refused(runs, tmp_path, overrides, reasons):
+def test_other_models_are_refused(runs, trainer, tmp_path, overrides, reasons):
     if "data.path=OTHER" in overrides:
-        overrides = [f"data.path={prepare_tiny(tmp_path / 'other', vocab_size=310)}"]
+        overrides = [f"data.path={prepare_tiny_data(tmp_path / 'other', seed=1)}"]
     start = f"train.init_from={runs / 'pretrain'}"
-    done = train(tmp_path / "run", runs / "tiny" / "data", start, *steps(1), *overrides)
-    assert done.returncode == ExitCode.CONFIG, done.stderr[-4000:]
-    for reason in reasons:
-        assert reason in done.stderr
-    assert "Traceback" not in done.stderr
+    job = trainer.train(tmp_path / "run", start, *steps(1), *overrides, expect=ExitCode.CONFIG)
+    for reason in (start.replace("=", " ("), *reasons):
+        assert reason in job.output
+    assert "Traceback" not in job.output
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
