@@ -275,6 +275,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stop-seconds", type=float, default=240.0, help="time for the last checkpoint")
     parser.add_argument("--srun-args", default="", help="more options for srun, as one string")
     parser.add_argument("--python", default=sys.executable, help="interpreter (or wrapper command) of the ranks")
+    parser.add_argument("--no-requeue", action="store_true", help="under Slurm: stop instead, exit code 85")
     parser.add_argument("--check", action="store_true", help="check the configuration, say what it means, and exit")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="-- train CONFIG [a.b=c ...]")
     options = parser.parse_args(arguments)
@@ -326,6 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     ranks: Ranks = LocalRanks(per_node)
     if under_slurm:
         ranks = SlurmRanks(per_node, runtime_folder(run_dir), options.min_nodes, options.srun_args.split())
+        ranks.can_requeue = not options.no_requeue
     return Launcher(plan, ranks).run()
 
 

@@ -54,6 +54,7 @@ train() {
     export PYTHONPATH=$copy${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
     launch+=(--python "$RANK_PYTHON" --srun-args "$SRUN_ARGS" --min-nodes "$MIN_NODES")
     launch+=(--max-failures "$MAX_FAILURES" --stop-seconds "$STOP_SECONDS" ${MAX_NODES:+--max-nodes "$MAX_NODES"})
+    [ "$REQUEUE" = yes ] || launch+=(--no-requeue)
     exec "${launch[@]}" -- train "$copy/config.yaml" "$@" # exec: Slurm signals the batch process
   fi
   PYTHONPATH=$ROOT "${launch[@]}" --check --nnodes "$(nodes_asked "$script" "${options[@]}")" -- train "$config" "$@" || exit

@@ -22,4 +22,4 @@ code=$ROOT
 [ -f "$code/slurm/lib.sh" ] || { echo "no slurm/lib.sh in $code: submit from the repository or set BD3LM_ROOT" >&2; exit 86; }
 . "$code/slurm/lib.sh"
 
-train "$0" "$ROOT/configs/owt_110m_block16.yaml" "$@"
+train "$0" "$ROOT/configs/owt_110m_pretrain.yaml" "$@"
