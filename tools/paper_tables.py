@@ -160,7 +160,7 @@ def length_table(runs: Sequence[Run]) -> Table:
                 median, longest = LENGTHS.get(run.model, (None, None))
                 own = [figures.get("length_median"), figures.get("length_max")]
                 rows.append([run.label, figures["num_samples"], *own, figures.get("length"), median, longest])
-    columns = ["model", "documents", "median", "max", "limit", "published median", "published max"]
+    columns = ["model", "documents", "median", "max", "limit", "published median (OWT)", "published max (OWT)"]
     return Table("Table 6", "tokens of documents that end by themselves", columns, rows, ("tokens", [2, 3], True))
 
 
@@ -175,7 +175,7 @@ def generation_table(runs: Sequence[Run]) -> Table:
             label = f"{run.label}, {g.get('sampler')}, L={g.get('length')}"
             own = [g.get("gen_ppl"), g.get("gen_ppl_stderr"), g.get("nfe"), g.get("forward_calls"), g.get("entropy")]
             rows.append([label, g["num_samples"], *own, g.get("judge"), published])
-    columns = ["model", "samples", "Gen PPL", "± s.e.", "NFE", "forward calls", "entropy", "judge", "published"]
+    columns = ["model", "samples", "Gen PPL", "± s.e.", "NFE", "forward calls", "entropy", "judge", "published (OWT)"]
     return Table("Table 7", "generative perplexity", columns, rows, ("generative perplexity", [2, 8], False))
 
 
