@@ -21,6 +21,7 @@ from tests.data.misbehaving_server import MisbehavingServer
 from tests.data.sets import write_set
 
 SHARD = "train-000002.tar"
+SLOW = {"hang", "drip"}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def quick_retries(monkeypatch):
 
 
 def config(path: str, cache: Path, **changes) -> DataConfig:
-    settings = {"path": path, "context_length": 50, "cache_dir": str(cache), "retries": 2, "timeout_seconds": 0.3}
+    settings = {"path": path, "context_length": 50, "cache_dir": str(cache), "retries": 2, "timeout_seconds": 20.0}
     return DataConfig(**settings | changes)
 
 
@@ -87,7 +88,8 @@ def test_each_shard_is_fetched_once_for_all_processes_of_a_node(server, tmp_path
 )
 def test_passing_trouble_is_survived(server, tmp_path, expected, faults):
     server.faults[SHARD] = list(faults)
-    assert (open_stream(config(server.url, tmp_path), 1).read(np.arange(200)) == expected).all()
+    settings = config(server.url, tmp_path, timeout_seconds=1.0 if SLOW & set(faults) else 20.0)
+    assert (open_stream(settings, 1).read(np.arange(200)) == expected).all()
     assert server.requests[SHARD] == 1 + sum(fault != "refuse range" for fault in faults)
     assert not list(tmp_path.glob(".*.part"))
 
@@ -113,7 +115,7 @@ def test_broken_transfer_goes_on_where_it_stopped(server, tmp_path, expected):
 )
 def test_lasting_trouble_is_one_error_that_names_the_shard(server, tmp_path, expected, fault, reason, requests):
     server.faults[SHARD] = [fault] * 20
-    stream = open_stream(config(server.url, tmp_path), 1)
+    stream = open_stream(config(server.url, tmp_path, timeout_seconds=0.3 if fault in SLOW else 20.0), 1)
     with pytest.raises(BadShardError, match=reason) as caught:
         stream.read(np.arange(200))
     assert caught.value.shard == SHARD
