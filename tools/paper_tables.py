@@ -147,7 +147,7 @@ def zero_shot_table(runs: Sequence[Run]) -> Table:
         if model in ZERO_SHOT and any(name in CORPORA for name in names):
             published = dict(zip(CORPORA, ZERO_SHOT[model], strict=True))
             rows.append([f"{model}, published (OWT)", *(published.get(name) for name in names)])
-    chart = ("perplexity", list(range(1, len(names) + 1)), True)
+    chart = ("perplexity", list(range(1, len(names) + 1)), False)
     return Table("Table 5", "zero-shot perplexity", ["model", *names], rows, chart)
 
 
@@ -247,6 +247,7 @@ def draw(table: Table) -> Figure:
     axes.set_xlabel(quantity)
     if is_log:
         axes.set_xscale("log")
+        axes.set_xlim(left=1.0)  # bars compare only from a common origin
     axes.margins(x=0.12)
     axes.legend(fontsize=7)
     axes.set_title(f"{table.number}: {table.title}", fontsize=10)
