@@ -24,18 +24,24 @@ NEVER = -1e6
 class TokenizerLike(Protocol):
     """What is needed of a tokenizer (data.tokenizer.Tokenizer has it)."""
 
-    kind: str
-    vocab_size: int
-    mask_token_id: int
-    bos_token_id: int
-    eos_token_id: int
-    pad_token_id: int
-    special_text: dict[int, str]
-    files: tuple[Path, ...]
+    @property
+    def kind(self) -> str:
+        """sentencepiece | gpt2 | bert | hugging_face."""
+        ...
 
     @property
-    def file_names(self) -> tuple[str, ...]:
-        """Names of the files that save writes."""
+    def vocab_size(self) -> int:
+        """Ids, the mask included."""
+        ...
+
+    @property
+    def mask_token_id(self) -> int:
+        """Differs from all other special ids."""
+        ...
+
+    @property
+    def special_text(self) -> dict[int, str]:
+        """How each special id is written."""
         ...
 
     def save(self, folder: str | Path) -> None:
