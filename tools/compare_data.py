@@ -21,7 +21,6 @@ class Outcome:
     validations: list[dict]
     flops_per_token: float
     interval: tuple[float, float]
-    minutes: float
 
     @property
     def nelbo(self) -> float:
@@ -38,9 +37,7 @@ def read_outcome(output: Path, case: dict[str, Any]) -> Outcome:
     """Read the run and the figures of one case."""
     folder = output / case["name"]
     config = load_config(folder / "config.yaml")
-    rows = read_metrics(folder / "metrics.jsonl")
-    steps = [row for row in rows if row["kind"] == "train"]
-    validations = [row for row in rows if row["kind"] == "validation"]
+    validations = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "validation"]
     vocab_size = open_stream(config.data, config.seed, "validation").vocab_size
     return Outcome(
         name=case["name"],
@@ -49,5 +46,4 @@ def read_outcome(output: Path, case: dict[str, Any]) -> Outcome:
         validations=validations,
         flops_per_token=flops_per_token(config, vocab_size),
         interval=(validations[-1]["clip_low"], validations[-1]["clip_high"]),
-        minutes=(max(row["time"] for row in rows) - min(row["time"] for row in steps)) / 60,
     )

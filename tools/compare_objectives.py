@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", default="docs/results.md", help="the report (default: docs/results.md)")
     parser.add_argument("--vocab-size", type=int, default=1024, help="ids of the tokenizer trained on the text")
     parser.add_argument("--validation-fraction", type=float, default=0.05)
+    parser.add_argument("--document", default="file", help="file | line | paragraph: what a document is in .txt files")
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps of every run")
     parser.add_argument("--rows-per-step", type=int, default=8)
     parser.add_argument("--context-length", type=int, default=128)
@@ -118,7 +119,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the figures."""
-    names = ("text", "data", "vocab_size", "validation_fraction", "steps", "rows_per_step", "context_length", "layers")
+    names = (
+        "text",
+        "data",
+        "document",
+        "vocab_size",
+        "validation_fraction",
+        "steps",
+        "rows_per_step",
+        "context_length",
+        "layers",
+    )
     return {name: getattr(args, name) for name in (*names, "width", "lr", "rows", "noise_draws")}
 
 
@@ -149,7 +160,14 @@ def _prepare(args: argparse.Namespace, output: Path) -> Path:
         _call([str(ROOT / "tools" / "train_tokenizer.py"), *texts, *size])
         temporary.rename(tokenizer)
     options = ["--tokenizer", str(tokenizer), "--output", str(data), "--workers", "0", "--shard-tokens", str(1 << 18)]
-    options += ["--validation-fraction", str(args.validation_fraction), "--chunk-tokens", str(1 << 14)]
+    options += [
+        "--document",
+        args.document,
+        "--validation-fraction",
+        str(args.validation_fraction),
+        "--chunk-tokens",
+        str(1 << 14),
+    ]
     _call([str(ROOT / "tools" / "prepare_data.py"), *texts, *options])
     return data
 

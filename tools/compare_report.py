@@ -34,14 +34,14 @@ def write(output: Path, cases: list[dict[str, Any]], settings: dict[str, Any], r
     found = {case["name"]: read_outcome(output, case) for case in cases}
     plots = report.with_suffix("")
     plots.mkdir(parents=True, exist_ok=True)
-    sections = [_head(found, settings), _likelihoods(found, plots), _order(found), _clipping(found), _exact(found)]
-    sections += [_intervals(found, plots), _gradients(found)]
+    sections = [head(found, settings), likelihoods(found, plots), order(found), clipping(found), exact(found)]
+    sections += [intervals(found, plots), gradients(found)]
     kept = report.read_text().partition(NOTES)[2] if report.exists() else "\n"
     text = "\n\n".join(section for section in sections if section)
     report.write_text(f"{text}\n\n{NOTES}{kept}")
 
 
-def _head(found: dict[str, Outcome], settings: dict[str, Any]) -> str:
+def head(found: dict[str, Outcome], settings: dict[str, Any]) -> str:
     tokens = settings["steps"] * settings["rows_per_step"] * settings["context_length"]
     text = (
         ", ".join(Path(t).name for t in settings["text"]) if settings["text"] else settings["data"] or "the demo corpus"
@@ -61,7 +61,7 @@ Written by `python tools/compare_objectives.py` (CPU, one thread); the same comm
   does not know how another seed would have trained."""
 
 
-def _likelihoods(found: dict[str, Outcome], plots: Path) -> str:
+def likelihoods(found: dict[str, Outcome], plots: Path) -> str:
     base = found["ar"].flops_per_token if "ar" in found else math.nan
     lines = [
         "## Likelihood",
@@ -84,7 +84,7 @@ def _likelihoods(found: dict[str, Outcome], plots: Path) -> str:
     return "\n".join(lines)
 
 
-def _order(found: dict[str, Outcome]) -> str:
+def order(found: dict[str, Outcome]) -> str:
     """The paper's order, neighbour by neighbour."""
     order = [found[name] for name in PAPER_ORDER if name in found]
     if len(order) < 2:
@@ -105,7 +105,7 @@ def _order(found: dict[str, Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _clipping(found: dict[str, Outcome]) -> str:
+def clipping(found: dict[str, Outcome]) -> str:
     pairs = [(found[a], found[b]) for a, b in CLIPPED if a in found and b in found]
     if not pairs:
         return ""
@@ -125,7 +125,7 @@ def _clipping(found: dict[str, Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _exact(found: dict[str, Outcome]) -> str:
+def exact(found: dict[str, Outcome]) -> str:
     """L'=1 with full masking against AR, with what another seed does to each."""
     names = ("ar", "block1_full", "ar_again", "block1_full_again")
     if not all(name in found for name in names):
@@ -153,7 +153,7 @@ def _exact(found: dict[str, Outcome]) -> str:
     )
 
 
-def _intervals(found: dict[str, Outcome], plots: Path) -> str:
+def intervals(found: dict[str, Outcome], plots: Path) -> str:
     """The variance of a block's loss under every interval, of the models trained on U[0, 1]."""
     runs = [found[name] for name in TABLES if name in found]
     if not runs:
@@ -198,7 +198,7 @@ def _intervals(found: dict[str, Outcome], plots: Path) -> str:
     return "\n".join(lines)
 
 
-def _gradients(found: dict[str, Outcome]) -> str:
+def gradients(found: dict[str, Outcome]) -> str:
     lines = ["## Variance of the gradient", ""]
     rows = next(iter(found.values())).figures["variance"]["probe_rows"]
     draws = max(p["gradient"]["count"] for run in found.values() for p in run.figures["variance"]["probes"])

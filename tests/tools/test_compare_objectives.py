@@ -1,0 +1,89 @@
+"""The comparison: real runs through the commands, figures kept, reports rewritten without training again."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import compare_report
+from compare_data import Outcome
+from compare_objectives import cases
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "compare_objectives.py"
+
+
+def compare(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+
+
+def test_one_text_is_trained_on_scored_and_reported_once(tmp_path):
+    text = tmp_path / "text.txt"
+    sentences = [f"Number {i} is followed by number {i + 1}; then comes {i + 2}." for i in range(600)]
+    text.write_text("\n\n".join("\n".join(sentences[i : i + 20]) for i in range(0, 600, 20)))
+    report = tmp_path / "out" / "report.md"
+    small = ["--vocab-size", "300", "--steps", "8", "--layers", "1", "--width", "32", "--context-length", "32"]
+    small += ["--rows", "16", "--noise-draws", "2", "--validation-fraction", "0.3", "--document", "paragraph"]
+    arguments = [
+        "--text",
+        str(text),
+        "--output",
+        str(tmp_path / "out"),
+        "--report",
+        str(report),
+        "--only",
+        "block4",
+        *small,
+    ]
+    first = compare(*arguments)
+    assert first.returncode == 0, first.stderr[-3000:]
+    shown = report.read_text()
+    figures = json.loads((tmp_path / "out" / "figures" / "block4.json").read_text())
+    assert f"<= {figures['ppl']:.2f} +- " in shown
+    assert "8 steps of 8 rows = **2,048 tokens**" in shown
+    assert "| 0.45 to 0.95 |" in shown
+    assert (report.with_suffix("") / "variance.png").stat().st_size > 5000
+    report.write_text(shown + "\nWritten by hand.\n")
+    again = compare(*arguments)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "step 1/8" not in again.stderr, "nothing is trained twice"
+    assert report.read_text() == shown + "\nWritten by hand.\n"
+    other = compare(*arguments, "--lr", "0.1")
+    assert other.returncode == 1
+    assert "other settings (lr: 0.002 -> 0.1); use another --output" in other.stderr
+
+
+def outcome(name: str, nelbo: float, **changes) -> Outcome:
+    probe = {"interval": "0.3-0.8", "loss": {"variance": 0.1}, "gradient": {
+        "variance": 2.0, "mean_norm": 1.0, "variance_per_flop": 3e9, "count": 4}}  # fmt: skip
+    table = {"loglinear": {"0.001-1": 5.0, "0.3-0.8": 2.0}, "cosine": {"0.001-1": 4.0, "0.3-0.8": 6.0}}
+    figures = {"nelbo": nelbo, "ppl": math.exp(nelbo), "stderr": 0.05, "noise_stderr": 0.01, "num_rows": 9,
+               "num_tokens": 99, "variance": {"tables": table, "probes": [probe], "probe_rows": 8}}  # fmt: skip
+    labels = {case.name: case.label for case in cases()}
+    return Outcome(name, labels[name], figures | changes, [], 1e6, (0.3, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("nelbo", "verdict"), [(4.5, "| yes |"), (4.05, "| within error |"), (3.5, "| **no, the reverse** |")]
+)
+def test_the_order_is_judged_by_two_standard_errors(nelbo, verdict):
+    lines = compare_report.order({"ar": outcome("ar", 4.0), "block4": outcome("block4", nelbo)}).splitlines()
+    assert lines[-1].startswith(f"| AR < L'=4 | {nelbo - 4.0:+.4f} | 0.0707 ")
+    assert lines[-1].endswith(verdict)
+
+
+def test_equality_with_ar_knows_how_far_seeds_are_apart():
+    runs = {"ar": 4.0, "ar_again": 4.2, "block1_full": 4.15, "block1_full_again": 4.05}
+    same = compare_report.exact({name: outcome(name, nelbo) for name, nelbo in runs.items()})
+    assert "Mean difference +0.0000 nats" in same
+    assert "equal within two standard errors" in same
+    apart = compare_report.exact({n: outcome(n, v - 2.0 * ("block1" in n)) for n, v in runs.items()})
+    assert "**not equal**" in apart
+    assert compare_report.exact({"ar": outcome("ar", 4.0)}) == ""
