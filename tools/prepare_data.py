@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bd3lm_scale.data.demo_corpus import demo_documents
 from bd3lm_scale.data.detokenize import DETOKENIZERS
-from bd3lm_scale.data.documents import Options, find_inputs
+from bd3lm_scale.data.documents import FORMATS, Options, find_inputs
 from bd3lm_scale.data.estimate import estimate
 from bd3lm_scale.data.packing import SPLITS
 from bd3lm_scale.data.prepare import PROGRESS, prepare
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", help="folder to write")
     add("--demo", action="store_true", help="the demo corpus and its tokenizer in place of INPUT and --tokenizer")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise (default: one per core)")
+    add("--format", choices=FORMATS, help="what the files are, whatever they are called (default: by name)")
     add("--field", default="text", help="field of the text in JSON objects and columns of tables")
     add("--document", choices=("file", "line", "paragraph"), default="file", help="what a document is in .txt files")
     add("--keep-newlines", action="store_true", help="with --document line: keep each line's newline")
@@ -86,13 +87,14 @@ def _task(args) -> Preparation:
         fraction = 0.0 if any(rules) else DEFAULT_VALIDATION_FRACTION
     if not 0 <= fraction < 1:
         raise ValueError(f"--validation-fraction {fraction}: must be at least 0 and below 1")
-    inputs = tuple(find_inputs(args.inputs))
+    options = Options(args.field, args.document, args.keep_newlines, args.format)
+    inputs = tuple(find_inputs(args.inputs, options))
     return Preparation(
         inputs=() if args.validation_only else inputs,
-        validation_inputs=inputs if args.validation_only else tuple(find_inputs(args.validation_input)),
+        validation_inputs=inputs if args.validation_only else tuple(find_inputs(args.validation_input, options)),
         validation_documents=args.validation_documents,
         validation_fraction=fraction,
-        options=Options(field=args.field, document=args.document, keep_newlines=args.keep_newlines),
+        options=options,
         detokenizer=args.detokenizer,
         insert_eos=not args.no_eos,
         shard_tokens=args.shard_tokens,

@@ -19,11 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument("--max-bytes", type=int, default=100_000_000, help="train on the first so many bytes of text")
     parser.add_argument("--field", default="text", help="field of the text in JSON and tables")
+    parser.add_argument("--format", choices=documents.FORMATS, help="what the files are, whatever they are called")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     started_at = time.perf_counter()
     try:
-        texts = _texts(documents.find_inputs(args.inputs), documents.Options(field=args.field))
+        options = documents.Options(field=args.field, format=args.format)
+        texts = _texts(documents.find_inputs(args.inputs, options), options)
         train_sentencepiece(
             texts,
             args.output,

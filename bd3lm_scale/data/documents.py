@@ -28,6 +28,7 @@ _TEXT = (".txt", ".text")
 _TABLES = (".parquet", ".arrow")
 _TARS = (".tar", ".tgz")
 _KINDS = (*_TEXT, *_JSON, *_TABLES, *_TARS)
+FORMATS = ("txt", "jsonl", "parquet", "arrow", "tar")
 _COMPRESSIONS = (".gz", ".zst")
 
 
@@ -39,11 +40,21 @@ class Options:
         field: name of the text in JSON objects and table columns.
         document: "file", "line" or "paragraph" (blank line between): what a document is in .txt files.
         keep_newlines: keep the line's own newline with document="line".
+        format: one of FORMATS, whatever the files are called; default: by their names.
     """
 
     field: str = "text"
     document: str = "file"
     keep_newlines: bool = False
+    format: str | None = None
+
+    def kind(self, name: str) -> str | None:
+        """The suffix that stands for a file's format; None for a name that says nothing."""
+        return f".{self.format}" if self.format else _kind(name)
+
+
+BY_NAME = Options()
+"""What a file is follows from its name, and a .txt file is one document."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Meter:
         return self._file.tell() if self._file is not None and not self._file.closed else 0
 
 
-def find_inputs(paths: list[str]) -> list[str]:
+def find_inputs(paths: list[str], options: Options = BY_NAME) -> list[str]:
     """The files that `paths` name: folders in sorted order, braces ({0000..0099}), and * in object stores.
 
     ValueError when a path does not exist or holds nothing readable.
@@ -84,11 +95,13 @@ def find_inputs(paths: list[str]) -> list[str]:
         if not (is_remote(name) or path.exists()):
             raise ValueError(f"input {name}: does not exist")
         if path.is_dir():
-            found += _folder_files(path)
-        elif _kind(name):
+            found += _folder_files(path, options)
+        elif options.kind(name):
             found.append(name)
         else:
-            raise ValueError(f"input {name}: unknown kind; it must end in {', '.join(_KINDS)} (or .gz, .zst)")
+            raise ValueError(
+                f"input {name}: unknown kind; it must end in {', '.join(_KINDS)} (or .gz, .zst), or --format must say"
+            )
     return found
 
 
@@ -105,7 +118,7 @@ def _expanded(name: str) -> list[str]:
     return list(braceexpand.braceexpand(name))
 
 
-def _folder_files(folder: Path) -> list[str]:
+def _folder_files(folder: Path, options: Options) -> list[str]:
     if (folder / "dataset_dict.json").exists():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         raise ValueError(
@@ -118,7 +131,8 @@ def _folder_files(folder: Path) -> list[str]:
                 f"input {folder}: rows are selected by an index; call flatten_indices() before save_to_disk()"
             )
         return [str(folder / Path(entry["filename"]).name) for entry in state["_data_files"]]
-    files = [str(p) for p in sorted(folder.rglob("*")) if p.is_file() and _kind(p.name) and not p.name.startswith(".")]
+    inside = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("."))
+    files = [str(p) for p in inside if options.kind(p.name)]
     if not files:
         raise ValueError(f"input {folder}: no file inside ends in {', '.join(_KINDS)} (or .gz, .zst)")
     return files
@@ -146,11 +160,11 @@ def read_records(
         ValueError: damaged or malformed, naming the file.
         OSError: a remote file that cannot be had.
     """
-    kind = _kind(path)
+    kind = options.kind(path)
     try:
         with (meter or Meter()).watch(open_sequential(path, timeout)) as raw:
             if kind in _TABLES:
-                yield from _table_records(path, raw, options)
+                yield from _table_records(path, raw, options, is_parquet=kind == ".parquet")
                 return
             with _decompressed(path, raw) as file:
                 if kind in _TARS:
@@ -181,7 +195,7 @@ def record_text(record: Record, options: Options, where: str) -> str:
 
 def count_documents(path: str, options: Options) -> int:
     """How many documents a file holds, from its metadata where it has some."""
-    if _kind(path) == ".parquet" and not is_remote(path):
+    if options.kind(path) == ".parquet" and not is_remote(path):
         import pyarrow.parquet
 
         return pyarrow.parquet.read_metadata(path).num_rows
@@ -270,13 +284,13 @@ def _tar_records(file: io.BufferedIOBase) -> Iterator[Record]:
         yield Record(waiting, is_json=True)
 
 
-def _table_records(path: str, raw: io.RawIOBase, options: Options) -> Iterator[Record]:
+def _table_records(path: str, raw: io.RawIOBase, options: Options, is_parquet: bool) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet
 
     source = raw if raw.seekable() else io.BytesIO(raw.read())
     try:
-        if path.endswith(".parquet"):
+        if is_parquet:
             table = pyarrow.parquet.ParquetFile(source)
             schema, batches = table.schema_arrow, None
         else:

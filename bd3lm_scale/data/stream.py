@@ -11,7 +11,7 @@ import numpy as np
 
 from bd3lm_scale.config import DataConfig
 from bd3lm_scale.data.files import open_cache
-from bd3lm_scale.data.shard_source import inside, paths_of
+from bd3lm_scale.data.shard_source import inside, paths_of, read_manifest, row_payload
 from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.source import Source, open_source
 from bd3lm_scale.data.storage import is_remote, retrying, transfer
@@ -72,6 +72,15 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
     identity = source.tokenizer
     folder = str(config.tokenizer) if config.stream_text else _tokenizer_folder(config, identity)
     return RowStream(source, source.num_rows, identity.vocab_size, identity.mask_token_id, folder, identity.hash)
+
+
+def bytes_per_token(config: DataConfig, split: str) -> float | None:
+    """UTF-8 bytes of text per token of a row, over a whole split; None for text tokenised on the fly."""
+    if config.stream_text:
+        return None
+    manifests = [read_manifest(config, path, split) for path in paths_of(config)]
+    text_bytes, tokens = sum(m.num_text_bytes for m in manifests), sum(m.num_tokens for m in manifests)
+    return text_bytes / tokens * row_payload(config) / config.context_length
 
 
 def _tokenizer_folder(config: DataConfig, identity: TokenizerIdentity) -> str:

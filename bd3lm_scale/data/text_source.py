@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from bd3lm_scale.config import DataConfig
-from bd3lm_scale.data.documents import Options, find_inputs, read_records, record_text
+from bd3lm_scale.data.documents import BY_NAME, find_inputs, read_records, record_text
 from bd3lm_scale.data.shard_source import row_payload, wrap_rows
 from bd3lm_scale.data.shards import token_dtype
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
@@ -100,7 +100,7 @@ class TextSource:
         return wrap_rows(np.stack(rows), self.tokenizer) if self.config.wrap_rows else np.stack(rows)
 
     def _texts(self, shards: list[str], held_out: bool) -> Iterator[str]:
-        options = Options()
+        options = BY_NAME
         for shard in shards:
             try:
                 for number, record in enumerate(read_records(shard, options, timeout=self.config.timeout_seconds)):

@@ -89,7 +89,7 @@ def formats(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_documents(formats, name):
-    files = find_inputs(formats[name])
+    files = find_inputs(formats[name], Options())
     texts = [record_text(r, Options(), f) for f in files for r in read_records(f, Options())]
     assert texts == DOCUMENTS
     assert sum(count_documents(f, Options()) for f in files) == len(DOCUMENTS)
@@ -97,14 +97,25 @@ def test_every_format_gives_the_same_documents(formats, name):
 
 def test_inputs_by_braces_and_globs(formats):
     folder = Path(formats["a.jsonl"][0]).parent
-    assert find_inputs([f"{folder}/texts/{{003..005}}.txt"]) == [f"{folder}/texts/{i:03d}.txt" for i in (3, 4, 5)]
+    assert find_inputs([f"{folder}/texts/{{003..005}}.txt"], Options()) == [
+        f"{folder}/texts/{i:03d}.txt" for i in (3, 4, 5)
+    ]
     memory = fsspec.filesystem("memory")
     memory.put(str(folder / "texts"), "/corpus", recursive=True)
-    found = find_inputs(["memory://corpus/00*.txt"])
+    found = find_inputs(["memory://corpus/00*.txt"], Options())
     assert len(found) == 10
     assert [r.data.decode() for f in found for r in read_records(f, Options())] == DOCUMENTS[:10]
     with pytest.raises(ValueError, match="unknown kind"):
-        find_inputs(["http://127.0.0.1/corpus"])
+        find_inputs(["http://127.0.0.1/corpus"], Options())
+
+
+def test_format_is_what_the_option_says(tmp_path):
+    (tmp_path / "news.en-00001-of-00100").write_text("one\ntwo\n")
+    options = Options(document="line", format="txt")
+    files = find_inputs([str(tmp_path)], options)
+    assert [r.data for f in files for r in read_records(f, options)] == [b"one", b"two"]
+    with pytest.raises(ValueError, match="no file inside"):
+        find_inputs([str(tmp_path)], Options())
 
 
 def tokens_of(output: Path, split: str) -> np.ndarray:
