@@ -8,13 +8,14 @@ Works in any layout: start it alone or under torchrun, with parallel.* overrides
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.config import ConfigError
-from bd3lm_scale.data.stream import RowStream, open_stream
+from bd3lm_scale.data.stream import RowStream, bytes_per_token, open_stream
 from bd3lm_scale.evaluate_variance import VarianceReport, format_report, measure_variance
 from bd3lm_scale.loading import Loaded, load_model
 from bd3lm_scale.parallel.mesh import shutdown
@@ -72,7 +73,7 @@ def evaluate(loaded: Loaded, split: str = "validation", rows: int | None = None)
         )
     total = stream.num_rows if rows is None else min(rows, stream.num_rows)
     with tqdm(total=total, unit="row", disable=not loaded.engine.mesh.reports) as bar:
-        return validate(
+        result = validate(
             loaded.engine,
             config,
             stream,
@@ -80,6 +81,10 @@ def evaluate(loaded: Loaded, split: str = "validation", rows: int | None = None)
             draws=config.evaluation.draws,
             beat=lambda done: bar.update(done - bar.n),
         )
+    likelihood, density = result.likelihood, bytes_per_token(config.data, split)
+    if density is None:
+        return result
+    return replace(result, likelihood=replace(likelihood, bits_per_byte=likelihood.bits_per_token / density))
 
 
 def _variance(loaded: Loaded, result: Validation, args: argparse.Namespace) -> VarianceReport:
@@ -101,13 +106,14 @@ def report(loaded: Loaded, result: Validation) -> str:
     figures = result.likelihood
     bound = "NLL " if loaded.config.diffusion.objective == "ar" else "NELBO"
     noise = "" if figures.noise_stderr is None else f" (noise alone {figures.noise_stderr:.4f})"
+    per_byte = "" if figures.bits_per_byte is None else f"    bits/byte  {figures.bits_per_byte:.4f}"
     return "\n".join(
         [
             f"checkpoint  {loaded.reader.path} (step {loaded.reader.meta['step']}, {loaded.weights} weights)",
             f"text        {loaded.config.data.path}: {figures.num_rows:,} rows, {figures.num_tokens:,} tokens",
             f"{bound}       {figures.nelbo:.4f} +- {figures.stderr:.4f} nats per token{noise}",
             f"PPL         {figures.ppl:.3f} +- {figures.ppl_stderr:.3f}",
-            f"bits/token  {figures.bits_per_token:.4f}",
+            f"bits/token  {figures.bits_per_token:.4f}" + per_byte,
         ]
     )
 

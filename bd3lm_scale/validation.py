@@ -43,7 +43,6 @@ def validate(
     draws: int = 1,
     micro_batch_size: int | None = None,
     use_ema: bool = False,
-    num_bytes: int | None = None,
     beat: Callable[[int], object] = lambda done: None,
 ) -> Validation:
     """Estimate the likelihood of the first `rows` validation rows (all by default). Collective.
@@ -58,7 +57,6 @@ def validate(
         draws: noise draws per row.
         micro_batch_size: rows per rank and pass.
         use_ema: swap the averaged weights in (training only; otherwise the engine holds what was loaded).
-        num_bytes: size of the text, for bits per byte.
         beat: told the number of rows done so far.
     """
     num_rows = stream.num_rows if rows is None else min(rows, stream.num_rows)
@@ -83,7 +81,7 @@ def validate(
                         moments.accumulate(n.time_BN, loss.block_loss_BN, n.is_real_B)
             beat(min(num_rows, int(group[-1].position_B[-1]) + 1))
     _set_mode(engine, training=True)
-    return _reduce(engine, sums, moments, num_bytes)
+    return _reduce(engine, sums, moments)
 
 
 def _set_mode(engine: Engine, training: bool) -> None:
@@ -124,9 +122,9 @@ def _likelihood_sums(
     return sums
 
 
-def _reduce(engine: Engine, sums: LikelihoodSums, moments: TimeMoments, num_bytes: int | None) -> Validation:
+def _reduce(engine: Engine, sums: LikelihoodSums, moments: TimeMoments) -> Validation:
     first = sums.as_tensor()
     figures, _ = sum_over_ranks(engine, torch.cat([first, moments.as_tensor().flatten()]).tolist(), [])
     total = torch.tensor(figures, dtype=torch.float64)
     all_moments = TimeMoments.from_tensor(total[len(first) :].reshape(moments.sums.shape), moments.epsilon)
-    return Validation(LikelihoodSums(total[: len(first)]).estimate(num_bytes), all_moments)
+    return Validation(LikelihoodSums(total[: len(first)]).estimate(), all_moments)

@@ -49,6 +49,9 @@ def test_one_text_is_trained_on_scored_and_reported_once(tmp_path):
     assert f"<= {figures['ppl']:.2f} +- " in shown
     assert "8 steps of 8 rows = **2,048 tokens**" in shown
     assert "| 0.45 to 0.95 |" in shown
+    held_out = json.loads((tmp_path / "out" / "data" / "validation" / "manifest.json").read_text())
+    bytes_per_token = held_out["num_text_bytes"] / held_out["num_tokens"]
+    assert 1 < bytes_per_token == pytest.approx(figures["bits_per_token"] / figures["bits_per_byte"])
     assert (report.with_suffix("") / "variance.png").stat().st_size > 5000
     report.write_text(shown + "\nWritten by hand.\n")
     again = compare(*arguments)
