@@ -61,6 +61,7 @@ class LocalRanks:
         self.ranks_per_node = ranks_per_node
         self.grace_seconds = grace_seconds
         self._processes: list[subprocess.Popen] = []
+        self._first_rank = 0
         self._first_bad: Ended | None = None
         self._kill_at: float | None = None
 
@@ -69,32 +70,46 @@ class LocalRanks:
         return [node_name()]
 
     def start(self, attempt: str, nodes: Sequence[str], command: Sequence[str]) -> None:
-        """Start the processes; they die with the launcher, and no terminal signal reaches them past it."""
+        """Start the processes."""
+        self.start_part(attempt, command, 0, len(nodes) * self.ranks_per_node, "127.0.0.1", free_port())
+
+    def start_part(
+        self, attempt: str, command: Sequence[str], first_rank: int, world_size: int, address: str, port: int
+    ) -> None:
+        """Start this machine's part of `world_size` ranks that meet at address:port.
+
+        They die with the launcher, and no terminal signal reaches them past it.
+        """
         self._first_bad = self._kill_at = None
-        world = len(nodes) * self.ranks_per_node
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+        job = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+        job |= {ATTEMPT_VARIABLE: attempt, "LOCAL_WORLD_SIZE": str(self.ranks_per_node)}
         self._processes = []
-        for rank in range(world):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-            environment = os.environ | rendezvous | place | {ATTEMPT_VARIABLE: attempt}
+        self._first_rank = first_rank
+        for local_rank in range(self.ranks_per_node):
+            place = {"RANK": str(first_rank + local_rank), "LOCAL_RANK": str(local_rank)}
             process = subprocess.Popen(
-                list(command), env=environment, start_new_session=True, preexec_fn=die_with_parent
+                list(command), env=os.environ | job | place, start_new_session=True, preexec_fn=die_with_parent
             )
             self._processes.append(process)
 
     def poll(self) -> Ended | None:
         """After the first bad exit the others get `grace_seconds` to notice and to log, then they are killed."""
         codes = [process.poll() for process in self._processes]
-        bad = [(rank, code) for rank, code in enumerate(codes) if code]
+        bad = [(rank, code) for rank, code in enumerate(codes, start=self._first_rank) if code]
         if bad and self._first_bad is None:
             rank, code = bad[0]
             self._first_bad = Ended(code, f"rank {rank}: {describe_code(code)}")
-            self._kill_at = time.monotonic() + self.grace_seconds
+            self.end_after_grace()
         if any(code is None for code in codes):
             if self._kill_at is not None and time.monotonic() > self._kill_at:
                 self.kill()
             return None
         return self._first_bad or Ended(0, "")
+
+    def end_after_grace(self) -> None:
+        """Something fell elsewhere: give these ranks `grace_seconds` to notice."""
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + self.grace_seconds
 
     def kill(self) -> None:
         """SIGKILL to each rank and what it started."""

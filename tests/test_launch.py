@@ -174,6 +174,35 @@ def test_launcher_that_was_believed_dead_leaves_the_newer_one_alone(config, tmp_
     assert read_json(tmp_path / "run/runtime/attempt.json") == {"attempt": "1.0"}
 
 
+@pytest.mark.slow
+def test_two_machines_lose_one_and_go_on(config, tmp_path, undisturbed):
+    """Two launchers, as on two machines without a scheduler."""
+    slowly = "slow@step:seconds=0.1"
+    machines = [
+        Run(config, tmp_path / "run", faults=slowly, nproc=1, options=("--nnodes", "2", "--node-rank", rank))
+        for rank in ("0", "1")
+    ]
+    machines[0].wait_for_step(12)
+    machines[1].process.kill()  # its rank dies with it
+    leader, _ = (machine.finish(timeout=120) for machine in machines)
+    assert leader.process.returncode == 0, leader.output
+    assert leader.losses == undisturbed
+    worlds = [row["world"] for row in read_metrics(leader.run_dir)]
+    assert (worlds[0], worlds[-1]) == (2, 1)
+
+
+def test_two_machines_restart_together_and_end_together(config, tmp_path, undisturbed):
+    faults = "kill@step=23:rank=1:attempt=0.0"
+    machines = [
+        Run(config, tmp_path / "run", faults=faults, nproc=1, options=("--nnodes", "2", "--node-rank", rank))
+        for rank in ("0", "1")
+    ]
+    outputs = [machine.finish(timeout=120).output for machine in machines]
+    assert [machine.process.returncode for machine in machines] == [0, 0], outputs
+    assert machines[0].losses == undisturbed
+    assert {row["world"] for row in read_metrics(machines[0].run_dir)} == {2}
+
+
 def test_ranks_die_with_their_launcher(config, tmp_path):
     run = Run(config, tmp_path / "run", "train.steps=100000")
     run.wait_for_step(3)
