@@ -36,6 +36,7 @@ def run_loop(
         watchdog.beat(session.step)
         faults.point("step", session.step)
         watchdog.waiting()
+        waited = session.batches.wait_seconds
         try:
             stops, rows = session.agree(stop.reason is not None)
         except BadShardError as error:
@@ -44,7 +45,7 @@ def run_loop(
         if stops:
             code, reason = ExitCode.STOPPED, stop.reason or "another rank was asked to stop"
             break
-        started, waited = time.perf_counter(), session.batches.wait_seconds
+        started = time.perf_counter()
         stragglers.start()
         report, verdict = train_step(
             session.engine, config, session.step, rows, session.interval, session.policy, stragglers.waiting
