@@ -135,8 +135,7 @@ def from_hf(args: argparse.Namespace) -> int:
     tensors, meta = import_hf(source, args.overrides)
     with appearing(Path(args.destination)) as folder:
         write_weights(folder, tensors, meta)
-        has_tokenizer = copy_tokenizer(Path(args.tokenizer) if args.tokenizer else source, folder / "tokenizer")
-        _check_tokenizer(folder / "tokenizer", meta, has_tokenizer)
+        has_tokenizer = _add_tokenizer(args.tokenizer, folder / "tokenizer", meta, source)
         if not args.no_check:
             _check_logits(folder, lambda check: check.load_exported(source), "raw", "fp32")
     _print_import(args, meta, has_tokenizer)
@@ -148,8 +147,7 @@ def from_lightning(args: argparse.Namespace) -> int:
     tensors, meta = import_lightning(args.source, args.overrides)
     with appearing(Path(args.destination)) as folder:
         write_weights(folder, tensors, meta)
-        has_tokenizer = bool(args.tokenizer) and copy_tokenizer(Path(args.tokenizer), folder / "tokenizer")
-        _check_tokenizer(folder / "tokenizer", meta, has_tokenizer)
+        has_tokenizer = _add_tokenizer(args.tokenizer, folder / "tokenizer", meta)
         reader, config = open_checkpoint(folder), from_dict(meta["config"])
         if not args.no_check:
             for weights in ("raw", "ema") if "ema" in reader.kinds() else ("raw",):
@@ -233,9 +231,12 @@ def _tokenizer(path: str | Path | None) -> Tokenizer | None:
     return None if path is None else load_tokenizer(path)
 
 
-def _check_tokenizer(folder: Path, meta: dict[str, Any], is_there: bool) -> None:
-    if not is_there:
-        return
+def _add_tokenizer(given: str | None, folder: Path, meta: dict[str, Any], source: Path | None = None) -> bool:
+    """Put the given tokenizer, or the source's own, into `folder`; False if there is none."""
+    if given is not None:
+        load_tokenizer(given).save(folder)
+    elif source is None or not copy_tokenizer(source, folder):
+        return False
     found = load_tokenizer(folder)
     if (found.vocab_size, found.mask_token_id) != (meta["vocab_size"], meta["mask_token_id"]):
         raise ValueError(
@@ -243,6 +244,7 @@ def _check_tokenizer(folder: Path, meta: dict[str, Any], is_there: bool) -> None
             f"{meta['vocab_size']} with mask {meta['mask_token_id']}; give the right one with --tokenizer, "
             "or say mask_token_id=N"
         )
+    return True
 
 
 def _check_logits(checkpoint: Path, load: Callable[[Any], Any], weights: str, dtype: str) -> None:

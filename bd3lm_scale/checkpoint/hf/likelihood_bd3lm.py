@@ -63,14 +63,14 @@ class Likelihood:
         num_blocks = -(-length // block)
         low, high = TIME_EPSILON, 1.0
         if self.training and config.var_min:
-            low, high = float(self.sampling_eps_min), float(self.sampling_eps_max)
+            low, high = self.sampling_eps_min.to(device).float(), self.sampling_eps_max.to(device).float()
         elif block == 1:
             low = 1.0  # every token masked: the NELBO is exact
         count = num_rows * num_blocks
         where = generator.device if generator is not None else device
         strata = torch.randperm(count, generator=generator, device=where)
         uniform = (strata + torch.rand(1, generator=generator, device=where)) / count
-        return (low + (high - low) * uniform).view(num_rows, num_blocks).to(device)
+        return (low + (high - low) * uniform.to(device)).view(num_rows, num_blocks)
 
     def _per_token(self, rate, length):
         """A rate per row (B,), block (B, N) or token, as (B, L)."""

@@ -191,6 +191,29 @@ def test_prompts_are_conditioned_on_and_not_scored():
     assert largest(scores.token_nats[:, :5]) == 0
 
 
+def test_times_are_stratified_over_all_blocks_and_clipped_in_training():
+    model = make("bd3lm", sampling_eps_min=0.45, sampling_eps_max=0.95)
+    for low, high in ((1e-3, 1.0), (0.45, 0.95)):
+        rate = model.draw_mask_rates(8, 16, torch.Generator().manual_seed(3), "cpu")
+        assert rate.shape == (8, 4)
+        strata = ((rate.flatten().sort().values - low) / (high - low) * 32).floor()
+        assert strata.tolist() == list(range(32)), "one time in each of 32 equal parts"
+        model.train()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_network_and_its_loss_compile_without_breaks(objective):
+    model = make(objective)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    text, sigma = torch.randint(0, 29, (2, 32 if objective == "bd3lm" else 16)), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        assert largest(compiled(text, sigma).logits - model(text, sigma).logits) < 1e-5
+    model.train()
+    loss = compiled(text[:, :16], labels=text[:, :16]).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
 def test_bfloat16_stays_close_and_keeps_float32_logits(goldens):
     model = BD3LM.from_pretrained(TINY).eval()
     exact = model(goldens["x0"]).detach()
