@@ -19,7 +19,7 @@ from bd3lm_scale.diffusion.samplers.simplex import SimplexDiffusion, signal_shar
 from bd3lm_scale.diffusion.schedule import get_schedule
 from tests.diffusion.samplers.toys import MASK, NUM_TOKENS, VOCAB, ToyBlocks, ToyFull, chi_square_p, encode, exact_joint
 
-NUM_SAMPLES = 12_000
+NUM_SAMPLES = 8_000
 PLAN = BlockPlan(2, 2)
 
 
@@ -187,7 +187,7 @@ def test_ssd_lm_with_the_exact_posterior_draws_from_the_exact_chain(projection):
             return prior_BSV + slope * simplex_BSV.log().clamp(min=-1e6)
 
     network = Posterior(block_size=1, spread=1.0)
-    samples = sample_blocks(network, sampler, request(length=2, count=5000), BlockPlan(1, 1)).tokens
+    samples = sample_blocks(network, sampler, request(length=2, count=2500), BlockPlan(1, 1)).tokens
     joint = {}
     for a, b in itertools.product(range(NUM_TOKENS), repeat=2):
         first = toy.table(1, 0)[0].softmax(-1)[a].item()
