@@ -147,6 +147,8 @@ def test_damage_is_reported_by_verify(tmp_path, capsys):
     file.write_bytes(data)
     assert convert_checkpoint.main(["verify", str(good), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)[0]["is_valid"] is False
+    assert file.name in failing(capsys, "to-hf", good, tmp_path / "out", "--no-check"), "damage is not exported"
+    assert not list(tmp_path.glob("*out*"))
     folder = tiny_copy(tmp_path / "hf")
     rewrite(folder, lambda tensors: {**tensors, "backbone.output_layer.linear.bias": torch.full((VOCAB,), torch.nan)})
     assert convert_checkpoint.main(["verify", str(folder)]) == 1
