@@ -105,6 +105,7 @@ class BatchReader:
         self._stream.source.seek(self._origin)
         if self._pool is not None:
             self._pool.forget_requests()
+            self._request_until(cursor.step + self._pool.depth)
 
     def close(self) -> None:
         """End the workers; the reader is of no use afterwards. Called twice does no harm."""
