@@ -257,6 +257,7 @@ class RuntimeConfig:
     spike_factor: float | None = None
     """Treat a loss above this multiple of its running median as on_nan; null: off."""
     dump_bad_batches: bool = False
+    """Keep the rows of every bad step in run_dir/bad_batches."""
     collective_timeout_seconds: float = 1800.0
     hang_factor: float = 20.0
     """A step longer than this multiple of the median step is a hang ..."""

@@ -6,7 +6,8 @@ from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.data.batches import BadShardError
 from bd3lm_scale.data.stream import RowStream
 from bd3lm_scale.runtime import faults
-from bd3lm_scale.runtime.anomaly import ROLLBACK, STOP
+from bd3lm_scale.runtime.anomaly import OK, ROLLBACK, STOP
+from bd3lm_scale.runtime.bad_batches import dump_batch
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.runtime.metrics import MetricsWriter
@@ -17,6 +18,7 @@ from bd3lm_scale.runtime.watchdog import Watchdog
 from bd3lm_scale.session import Session
 from bd3lm_scale.step import train_step
 from bd3lm_scale.validation import validate
+from bd3lm_scale.values import Rows
 
 log = get_logger(__name__)
 
@@ -50,6 +52,7 @@ def run_loop(
         report, verdict = train_step(
             session.engine, config, session.step, rows, session.interval, session.policy, stragglers.waiting
         )
+        _keep_bad_batch(session, report.step, rows, verdict)
         if verdict == STOP:
             return ExitCode.DIVERGED, session.policy.reason
         if verdict == ROLLBACK:
@@ -82,6 +85,13 @@ def run_loop(
     if saved_at != session.step:
         _save(session, metrics, watchdog)
     return code, reason
+
+
+def _keep_bad_batch(session: Session, step: int, rows: list[Rows], verdict: str) -> None:
+    config, engine = session.config, session.engine
+    if verdict != OK and config.runtime.dump_bad_batches and engine.reports_loss:
+        offset = session.cursor.data_offset
+        dump_batch(config.run_dir, step, engine.mesh.data_rank, rows, config.seed, offset, session.policy.reason)
 
 
 def _save(session: Session, metrics: MetricsWriter, watchdog: Watchdog) -> None:

@@ -79,12 +79,13 @@ def cluster(running_cluster):
 
 
 @pytest.fixture(scope="module")
-def losses_of_time():
+def losses_of_time(request):
     lost: dict[str, str] = {}
     yield lost
-    print("\n\ntime lost per fault (longest stretch without a new step, and the steps done twice)")
-    for name, text in lost.items():
-        print(f"  {name:34s} {text}")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n\ntime lost per fault (longest stretch without a new step, and the steps done twice)")
+        for name, text in lost.items():
+            print(f"  {name:50s} {text}")
 
 
 class Job:
@@ -272,7 +273,7 @@ def test_node_lost_goes_on_with_the_others(job, cluster, undisturbed, note):
     assert ended.restarts == 0, "the job kept its allocation"
     assert f"nodes {victim} do not answer" in ended.output
     assert "attempt 0.1: 2 ranks" in ended.output
-    assert note(ended) < 75
+    assert note(ended) < 90, ended.output
 
 
 def test_spare_node_takes_over(job, cluster, undisturbed, note):
@@ -282,7 +283,7 @@ def test_spare_node_takes_over(job, cluster, undisturbed, note):
     ended = running.wait()
     ended.check_against(undisturbed)
     assert ended.restarts == 0
-    assert note(ended) < 75
+    assert note(ended) < 90, ended.output
 
 
 def test_batch_host_lost(job, cluster, undisturbed, note):
@@ -336,7 +337,7 @@ def test_cancelled_job_saves_and_stays_cancelled(job, cluster):
 
 
 def test_crash_loop_ends_the_job_with_a_diagnosis(job):
-    ended = job(faults="error@step=14:rank=0").submit().wait("FAILED", timeout=120)
+    ended = job(faults="error@step=14:rank=0").submit(MAX_FAILURES="2").wait("FAILED", timeout=120)
     assert ended.exit_code == ExitCode.CRASH_LOOP
-    assert "3 failures without a checkpoint beyond step 10" in ended.output
+    assert "2 failures without a checkpoint beyond step 10" in ended.output
     assert ended.restarts == 0
