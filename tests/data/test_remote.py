@@ -45,6 +45,7 @@ def expected(folder):
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("bd3lm_scale.data.storage._FIRST_PAUSE_SECONDS", 0.01)
 
 

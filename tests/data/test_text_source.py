@@ -54,7 +54,8 @@ def test_rows_are_the_texts_with_eos_between_and_endless(folder, tokenizer_path)
     assert len({text.split("_")[1] for text in first_pass}) == SHARDS
 
 
-def test_ranks_workers_and_sources_agree(folder, tokenizer_path):
+def test_ranks_workers_and_sources_agree(folder, tokenizer_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     settings = config(folder, tokenizer_path)
     expected = read(settings, 1, 0, 6)
     assert (read(settings, 2, 0, 6) == expected).all()

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-tokens", type=int, default=1 << 20)
     parser.add_argument("--batch", type=int, default=256, help="rows per step")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--documents", type=int, help="prepare only so many documents of the demo corpus")
     parser.add_argument("--folder", help="where the temporary set goes (default: the system's)")
 
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> dict:
     figures: dict = {"shards": args.shards, "tokens": args.shards * args.shard_tokens}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder)
-        tokenizer_file, corpus = _corpus(path)
+        tokenizer_file, corpus = _corpus(path, args.documents)
         figures |= _preparation(path, tokenizer_file, corpus)
         make_set(path / "set", str(tokenizer_file), args.shards, args.shard_tokens)
         for length in (128, 1024):
@@ -74,8 +75,8 @@ def _manifest(split: str, identity: TokenizerIdentity, shards: list) -> Manifest
     return Manifest(split, "uint16", CHUNK_TOKENS, tokens, documents, 0, identity, tuple(shards), {})
 
 
-def _corpus(folder: Path) -> tuple[Path, Path]:
-    texts = [text for _, text in demo_documents()]
+def _corpus(folder: Path, num_documents: int | None) -> tuple[Path, Path]:
+    texts = [text for _, text in itertools.islice(demo_documents(), num_documents)]
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return train_sentencepiece(texts[::3], folder / "tokenizer", vocab_size=VOCAB_SIZE), corpus
