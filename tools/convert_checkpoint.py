@@ -101,6 +101,7 @@ def training_figures(checkpoint: Path, reader: CheckpointReader) -> dict[str, An
 
 def push(folder: Path, name: str, is_private: bool) -> None:
     """Upload an export to a hub; uses the login of huggingface_hub."""
+    from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -108,7 +109,7 @@ def push(folder: Path, name: str, is_private: bool) -> None:
         api = HfApi()
         api.create_repo(name, private=is_private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
-    except (HfHubHTTPError, HFValidationError, OSError) as problem:
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as problem:
         raise OSError(
             f"--push {name}: {str(problem).splitlines()[0]}; the export in {folder} is complete. "
             "Log in with `hf auth login` and upload it, or try again"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bd3lm_scale.checkpoint.hf.export import export_hf, parse_size
 from bd3lm_scale.checkpoint.hf.importing import import_hf
+from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
 from bd3lm_scale.checkpoint.names import Architecture, num_parameters, shape_problems, table, to_ours, to_published
 from bd3lm_scale.checkpoint.reader import open_checkpoint
 from bd3lm_scale.checkpoint.record import weights_meta
@@ -21,6 +22,9 @@ from bd3lm_scale.checkpoint.write import write_weights
 from bd3lm_scale.config import CheckpointConfig, DataConfig, DiffusionConfig, ModelConfig, RunConfig
 from bd3lm_scale.config_load import from_dict
 from bd3lm_scale.config_sizes import parameters
+from bd3lm_scale.diffusion.loss import token_losses
+from bd3lm_scale.diffusion.noising import given_noise, make_process
+from bd3lm_scale.values import HeadRows
 from tests.checkpoint.layouts import cut, whole_state
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -186,6 +190,30 @@ def test_every_layout_exports_the_same_bytes(tmp_path):
     card = exports[0]["README.md"].decode()
     assert "| Validation perplexity | 12.5 |" in card
     assert "| Optimizer steps | 7 |" in card
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("objective", ["bd3lm", "mdlm", "sedd"])
+def test_losses_of_the_exported_class_are_ours(tmp_path, objective):
+    """The same noise and logits through the exported class's losses and through diffusion/loss.py."""
+    config = configuration(objective)
+    export_hf(native(tmp_path / "native", config), tmp_path / "hf")
+    model = BD3LM.from_pretrained(tmp_path / "hf").eval()
+    process = make_process(config.diffusion, 16, VOCAB, VOCAB - 1)
+    clean, uniform = torch.randint(0, VOCAB - 1, (3, 16)), torch.rand(3, 16)
+    time = torch.rand(3, process.num_blocks) * 0.9 + 0.1
+    rate = time.repeat_interleave(process.block_size, dim=1)
+    noisy = torch.where(uniform < rate, VOCAB - 1, clean)
+    noisy[:, 0] = clean[:, 0]
+    rows = given_noise(clean, noisy, time, process, training=False)
+    found, logits = model.token_losses(noisy, clean, model._counted(clean, None), rate, rows.sigma_B)
+    logits[..., VOCAB - 1] = float("-inf")
+    index = rows.is_scored_BL.flatten().nonzero()[:, 0]
+    scored = logits.flatten(0, 1)[index]
+    target = scored.gather(1, clean.flatten()[index, None])[:, 0]
+    head = HeadRows(target, scored.logsumexp(1), index, torch.ones(len(index), dtype=torch.bool))
+    expected = torch.zeros(48).index_add_(0, index, token_losses(head, rows, process))
+    torch.testing.assert_close(found.flatten(), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- shards --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import torch
 
 from tests.checkpoint.test_conversion import TINY, VOCAB, configuration, folder_bytes, native, rewrite, tiny_copy
@@ -137,6 +138,29 @@ def test_model_cards_hold_the_runs_figures_up_to_the_checkpoint(tmp_path):
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     figures = convert_checkpoint.training_figures(reader.path, reader)
     assert sorted(figures.values()) == [2.0, 4.5, 7.389]
+
+
+def test_push_uploads_a_private_repository_and_keeps_the_export_when_it_fails(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, private, exist_ok):
+            calls.append((name, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            if repo_id == "someone/closed":
+                raise huggingface_hub.errors.LocalTokenNotFoundError("no login")
+            calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    good = native(tmp_path / "good", configuration()).path
+    command = ["to-hf", str(good), str(tmp_path / "hf"), "--no-check", "--push", "someone/model"]
+    assert convert_checkpoint.main(command) == 0
+    assert calls[0] == ("someone/model", True, True)
+    assert {"config.json", "model.safetensors", "README.md"} <= set(calls[1][1])
+    message = failing(capsys, "to-hf", good, tmp_path / "kept", "--no-check", "--push", "someone/closed")
+    assert "no login; the export in" in message
+    assert (tmp_path / "kept" / "model.safetensors").is_file()
 
 
 def test_damage_is_reported_by_verify(tmp_path, capsys):

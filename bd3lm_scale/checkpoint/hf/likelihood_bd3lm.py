@@ -3,6 +3,7 @@
 Shapes: B rows, L tokens in a row, N blocks in a row, V ids including the mask.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,15 +39,6 @@ def sigma_of(mask_rate):
     return (-torch.log1p(-mask_rate)).clamp(max=SIGMA_MAX)
 
 
-def score_entropy(logits, target, sigma, mask_token_id):
-    """SEDD's absorbing score entropy at masked tokens, to be weighted by d sigma; any leading shape."""
-    odds = torch.expm1(sigma)
-    log_score = logits - odds.log()[..., None] - torch.log(torch.tensor(logits.shape[-1] - 1.0))
-    at_target = log_score.gather(-1, target[..., None])[..., 0]
-    log_score = log_score.index_fill(-1, torch.tensor([mask_token_id], device=logits.device), float("-inf"))
-    return log_score.logsumexp(-1).exp() - at_target / odds - (odds.log() + 1) / odds
-
-
 class Likelihood:
     """NELBO and cross-entropy; mixed into the model."""
 
@@ -55,6 +47,14 @@ class Likelihood:
         mask = torch.tensor([self.config.mask_token_id], device=logits.device)
         logits = logits.float().index_fill(-1, mask, float("-inf"))
         return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+
+    def score_entropy(self, logits, target):
+        """SEDD's absorbing score entropy times expm1(sigma), in which sigma cancels; float32, shape of target."""
+        log_num_ids = math.log(self.config.vocab_size - 1)
+        mask = torch.tensor([self.config.mask_token_id], device=logits.device)
+        log_score = logits.float().index_fill(-1, mask, float("-inf")) - log_num_ids
+        at_target = log_score.gather(-1, target[..., None])[..., 0]
+        return log_score.logsumexp(-1).exp() - at_target - 1.0
 
     def draw_mask_rates(self, num_rows, length, generator=None, device=None):
         """(B, N) times, one per block, stratified over all blocks; the clipped interval applies in training."""
@@ -94,11 +94,8 @@ class Likelihood:
         hidden, cond = self.encode(tokens, timesteps, attention_mask, is_pair)
         logits = self.backbone.output_layer(hidden[-1][:, : noisy_BL.shape[1]], cond)
         scored_BL = counts_BL & (noisy_BL == config.mask_token_id)
-        if config.objective == "sedd":
-            sigma_BL = sigma_of(rate_BL)
-            loss_BL = score_entropy(logits, clean_BL, sigma_BL, config.mask_token_id) * torch.expm1(sigma_BL)
-        else:
-            loss_BL = self.cross_entropy(logits, clean_BL)
+        per_token = self.score_entropy if config.objective == "sedd" else self.cross_entropy
+        loss_BL = per_token(logits, clean_BL)
         return torch.where(scored_BL, loss_BL / rate_BL, 0.0), logits
 
     def causal_losses(self, tokens_BL, target_BL, counts_BL, attention_mask=None):
