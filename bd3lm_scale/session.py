@@ -24,6 +24,7 @@ from bd3lm_scale.diffusion.clip_search import choose_interval, variance_table
 from bd3lm_scale.engine import Engine, build_engine, sum_over_ranks
 from bd3lm_scale.optim.zero import ZeroOptimizer
 from bd3lm_scale.parallel.mesh import Mesh, new_host_group
+from bd3lm_scale.runtime import faults
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.session_checks import refuse_differences, refuse_other_model
@@ -104,7 +105,8 @@ class Session:
             if self.config.data.on_bad_shard != "skip":
                 raise BadShardError(*next(iter(found.items())))
             if self.engine.mesh.reports:
-                log.warning("leaving out damaged shards from step %d on: %s", self.step, "; ".join(found.values()))
+                said = "; ".join(f"{shard} ({reason})" for shard, reason in found.items())
+                log.warning("leaving out damaged shards from step %d on: %s", self.step, said)
             excluded = tuple(sorted({*self.cursor.excluded_shards, *found}))
             self.seek(replace(self.cursor, excluded_shards=excluded))
 
@@ -248,6 +250,7 @@ def restore(session: Session, reader: CheckpointReader) -> None:
             f"{reader.path} holds weights only and cannot be resumed; use train.init_from={reader.path}"
         )
     session.agreement.together(lambda: reader.fill(session.optimizer.slices()))
+    faults.point("restore", meta["step"])
     session.optimizer.restored(meta["optimizer_step"])
     saved = meta["cursor"]
     session.seek(Cursor(meta["step"], saved["data_offset"], tuple(saved["excluded_shards"])))

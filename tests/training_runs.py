@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from bd3lm_scale.data.documents import Options, find_inputs
 from bd3lm_scale.data.prepare import prepare
 from bd3lm_scale.data.tokenising import Preparation
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
+from bd3lm_scale.launch_policy import newest_checkpoint_step
 from bd3lm_scale.runtime.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +168,44 @@ class Trainer:
             [*words, *self.arguments(run_dir, *overrides)],
             cwd=ROOT, env=clean_environment() | {"BD3LM_FAULTS": faults}, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
+
+
+FIRST_RANK_ONLY = ("folder_made", "before_manifest", "before_rename", "after_rename")
+PLACES = (
+    "anywhere", "restore", "step", "forward", "optimizer", "updated", "save:copied", "save:run_written",
+    "save:file_written", *(f"save:{phase}" for phase in FIRST_RANK_ONLY),
+)  # fmt: skip
+
+
+class Killer:
+    """Chooses who is killed where: every phase of a step and of a save, and moments that are no phase at all.
+
+    Args:
+        draw: where randomness comes from.
+        world: ranks of the run.
+        steps: of the run.
+        reach: a life ends at most so many steps after the checkpoint it began with, or in its first save.
+    """
+
+    def __init__(self, draw: random.Random, world: int, steps: int, reach: int) -> None:
+        self.draw, self.world, self.steps, self.reach = draw, world, steps, reach
+        self.places: list[str] = []
+
+    def next(self, run_dir: Path) -> str:
+        """The next fault for BD3LM_FAULTS, given where the run stands."""
+        if not self.places:
+            self.places = self.draw.sample(PLACES, len(PLACES))
+        place = self.places.pop()
+        done = newest_checkpoint_step(run_dir)
+        if place == "restore" and done < 0:
+            place = "step"
+        first_only = place.removeprefix("save:") in FIRST_RANK_ONLY
+        rank = 0 if first_only else self.draw.randrange(self.world)
+        step = min(max(done, 0) + self.draw.randrange(self.reach), self.steps - 1)
+        if place == "anywhere":
+            return f"kill@forward:rank={rank}:step={step}:after={self.draw.random() / 10:.3f}"
+        where = f":step={step}" if place in ("step", "forward", "optimizer", "updated") else ""
+        return f"kill@{place}:rank={rank}{where}"
 
 
 def clean_environment() -> dict[str, str]:

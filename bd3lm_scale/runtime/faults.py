@@ -9,6 +9,7 @@ the point and the fault, which then strikes in the middle of whatever runs), `se
 returns True: the caller spoils its figure).
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -86,7 +87,8 @@ def _act(fault: Fault) -> None:
 
 
 def _strike(fault: Fault) -> None:
-    os.write(2, f"injected fault: {fault.action}@{fault.place} rank {current_rank()}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"injected fault: {fault.action}@{fault.place} rank {current_rank()}\n".encode())
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.action == "freeze":

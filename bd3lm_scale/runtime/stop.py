@@ -1,5 +1,6 @@
 """Stopping cleanly: signals, the user's STOP file, the launcher's request and the time limit become one `reason`."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -85,7 +86,8 @@ class StopRequest:
         # os.write, not the logger: the signal may have interrupted it while it holds its lock
         if first and self.is_rank_zero:
             text = f"{signal.Signals(number).name}: finishing the step, saving, stopping (SIGKILL to end at once)\n"
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
 
 def forget_stop_file(run_dir: Path | None) -> None:
