@@ -55,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="SentencePiece .model, BERT vocab.txt, GPT-2 or Hugging Face folder")
     add("--output", help="folder to write")
     add("--demo", action="store_true", help="the demo corpus and its tokenizer in place of INPUT and --tokenizer")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise (default: one per core)")
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes that tokenise (default: one per core)",
+    )
     add("--format", choices=FORMATS, help="what the files are, whatever they are called (default: by name)")
     add("--field", default="text", help="field of the text in JSON objects and columns of tables")
     add("--document", choices=("file", "line", "paragraph"), default="file", help="what a document is in .txt files")

@@ -24,6 +24,8 @@ _LONGEST_PAUSE_SECONDS = 30.0
 _BLOCK = 1 << 20
 # a transfer that brings less than this within one timeout has stalled
 _LEAST_PROGRESS = 1 << 16
+# one that brings this much before it breaks off may go on at once
+_GOOD_PROGRESS = 1 << 20
 # asking again cannot help against these
 _LASTING_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC}
 _TRANSIENT_STATUS = {408, 425, 429}
@@ -96,15 +98,23 @@ def read_text(address: str, retries: int, timeout: float) -> str:
 def transfer(address: str, destination: Path, timeout: float) -> None:
     """Copy a remote file to `destination`, going on where an earlier attempt broke off if the server can.
 
-    TransferError when it cannot be completed now; what has come stays in `destination` for the next attempt.
+    A connection that breaks off again and again is no failure while each brings a good part. TransferError when
+    the file cannot be completed now; what has come stays in `destination` for the next attempt.
     """
     with destination.open("ab") as file:
-        have = file.tell()
-        start, blocks = _open(address, have, timeout)
-        if start < have:
-            file.truncate(start)
-        for block in blocks:
-            file.write(block)
+        furthest = file.tell()
+        while True:
+            try:
+                start, blocks = _open(address, file.tell(), timeout)
+                if start < file.tell():
+                    file.seek(file.truncate(start))
+                for block in blocks:
+                    file.write(block)
+                return
+            except TransferError as problem:
+                if problem.is_lasting or file.tell() < furthest + _GOOD_PROGRESS:
+                    raise
+                furthest = file.tell()
 
 
 class BlockFile(io.RawIOBase):

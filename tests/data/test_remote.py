@@ -14,6 +14,7 @@ import pytest
 from bd3lm_scale.config import DataConfig
 from bd3lm_scale.data.batches import BadShardError, BatchPlan, BatchReader
 from bd3lm_scale.data.cache import CacheFullError, FileCache
+from bd3lm_scale.data.storage import TransferError, transfer
 from bd3lm_scale.data.stream import open_stream
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.values import Cursor
@@ -102,6 +103,20 @@ def test_broken_transfer_goes_on_where_it_stopped(server, tmp_path, expected):
     assert server.bytes_sent[SHARD] == (server.folder / "train" / SHARD).stat().st_size
 
 
+def test_connection_that_keeps_breaking_gets_there_while_it_brings_something(tmp_path):
+    data = np.random.default_rng(0).bytes(6_000_000)
+    (tmp_path / "large").write_bytes(data)
+    server = MisbehavingServer(tmp_path)
+    server.faults["large"] = ["short", "short"]
+    transfer(f"{server.url}/large", tmp_path / "copy", 20.0)
+    assert (tmp_path / "copy").read_bytes() == data
+    server.faults["large"] = ["short"] * 20
+    with pytest.raises(TransferError, match="cut off after"):
+        transfer(f"{server.url}/large", tmp_path / "second", 20.0)
+    assert server.requests["large"] < 10
+    server.close()
+
+
 @pytest.mark.parametrize(
     ("fault", "reason", "requests"),
     [
@@ -144,6 +159,8 @@ def test_damaged_copy_in_the_cache_is_fetched_anew(server, tmp_path, expected):
 def test_pipe_and_fsspec_paths_give_the_same_rows(folder, tmp_path, expected):
     pipe = f"pipe:cat {folder}/{{}}"
     assert (open_stream(config(pipe, tmp_path / "a"), 1).read(np.arange(200)) == expected).all()
+    assert (open_stream(config(f"local://{folder}", tmp_path / "c"), 1).read(np.arange(200)) == expected).all()
+    assert len(list((tmp_path / "c").glob("*.tar"))) == 4
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/set", recursive=True)
     assert (open_stream(config("memory://set", tmp_path / "b"), 1).read(np.arange(200)) == expected).all()
