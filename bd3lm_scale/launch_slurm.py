@@ -108,14 +108,13 @@ class SlurmRanks:
         for line in steps.splitlines():
             number, _, name = line.strip().partition(" ")
             if name == self._step_name:
-                self._ask(["scancel", "--signal=KILL", number])
-        for end in (lambda: None, self._srun.terminate, self._srun.kill):
-            end()
-            try:
-                self._srun.wait(timeout=KILL_SECONDS)
-                return
-            except subprocess.TimeoutExpired:
-                continue
+                # not waited for: with a dead node among the step's it takes as long as Slurm's time-outs
+                subprocess.Popen(["scancel", "--signal=KILL", number], env=self.environment, stderr=subprocess.DEVNULL)
+        try:
+            self._srun.wait(timeout=KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._srun.kill()
+            self._srun.wait()
 
     def requeue(self) -> int:
         """Put the job back into the queue; Slurm ends this process while it waits.
