@@ -1,8 +1,14 @@
 """Fixtures shared by the tests that start real training runs."""
 
-import pytest
+import os
 
-from tests.training_runs import Trainer, prepare_tiny_data
+# Tiny matrices gain nothing from threads, and threads that wait for each other starve on a busy machine. Set before
+# torch is imported anywhere, and inherited by every process a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+from tests.training_runs import Trainer, prepare_tiny_data  # noqa: E402
 
 
 @pytest.fixture(scope="session")
