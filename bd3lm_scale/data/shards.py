@@ -116,7 +116,7 @@ def manifest_from_json(text: str, where: str) -> Manifest:
         if raw["format"] != FORMAT or raw["version"] != VERSION:
             raise ValueError(f"format {raw['format']} version {raw['version']}, expected {FORMAT} version {VERSION}")
         identity = dict(raw["tokenizer"])
-        identity["files"] = tuple(identity["files"])
+        identity["files"] = tuple(_plain_name(name) for name in identity["files"])
         shards = tuple(shard_from_json(entry) for entry in raw["shards"])
         manifest = Manifest(
             split=raw["split"],
@@ -142,11 +142,8 @@ def manifest_from_json(text: str, where: str) -> Manifest:
 
 def shard_from_json(entry: dict) -> Shard:
     """One entry of a manifest (ValueError, KeyError, TypeError when it is malformed)."""
-    name = entry["name"]
-    if not name or name != Path(name).name or name.startswith("."):
-        raise ValueError(f"shard name {name!r} is not a plain file name")
     return Shard(
-        name=name,
+        name=_plain_name(entry["name"]),
         size=entry["size"],
         sha256=entry["sha256"],
         num_tokens=entry["num_tokens"],
@@ -154,6 +151,13 @@ def shard_from_json(entry: dict) -> Shard:
         token_members=_members(entry["token_members"]),
         document_members=_members(entry["document_members"]),
     )
+
+
+def _plain_name(name: str) -> str:
+    """The name, unless it could lead out of its folder (ValueError)."""
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
 
 
 def _members(entries: list) -> np.ndarray:

@@ -4,7 +4,9 @@ open_stream(config.data, seed) -> RowStream;   RowStream.read(sample_index) -> (
 """
 
 import dataclasses
-import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,7 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
         raise ValueError(f"split {split!r}: use train or validation")
     source = open_source(config, seed, split, tuple(cursor.excluded_shards))
     identity = source.tokenizer
-    folder = str(config.tokenizer) if config.stream_text else _tokenizer_folder(config, identity)
+    folder = _tokenizer_folder(config, identity)
     return RowStream(source, source.num_rows, identity.vocab_size, identity.mask_token_id, folder, identity.hash)
 
 
@@ -84,19 +86,14 @@ def bytes_per_token(config: DataConfig, split: str) -> float | None:
 
 
 def _tokenizer_folder(config: DataConfig, identity: TokenizerIdentity) -> str:
-    """Local folder of the tokenizer beside the shards, which must be the one that made them (ValueError)."""
+    """Local folder of the tokenizer, which must be the one that made the shards (ValueError)."""
     path = paths_of(config)[0]
-    folder = Path(inside(path, "tokenizer"))
-    if is_remote(path):
-        cache = open_cache(config)
-        folder = cache.folder / f".tokenizer-{identity.hash[:16]}"
-        folder.mkdir(exist_ok=True)
-        for name in identity.files:
-            if not (folder / name).exists():
-                part = folder / f".{name}.{os.getpid()}.part"
-                address = inside(path, f"tokenizer/{name}")
-                retrying(lambda a=address, p=part: transfer(a, p, config.timeout_seconds), config.retries)
-                part.rename(folder / name)
+    if config.stream_text and config.tokenizer:
+        folder = _kept(config, identity, load_tokenizer(config.tokenizer).save)
+    elif is_remote(path):
+        folder = _kept(config, identity, lambda folder: _fetch_tokenizer(config, identity, folder))
+    else:
+        folder = Path(inside(path, "tokenizer"))
     found = load_tokenizer(folder)
     if found.hash != identity.hash:
         raise ValueError(
@@ -104,3 +101,26 @@ def _tokenizer_folder(config: DataConfig, identity: TokenizerIdentity) -> str:
             f"{found.hash[:12]}; put the right one back, or run tools/prepare_data.py again"
         )
     return str(folder)
+
+
+def _fetch_tokenizer(config: DataConfig, identity: TokenizerIdentity, folder: Path) -> None:
+    for name in identity.files:
+        address = inside(paths_of(config)[0], f"tokenizer/{name}")
+        try:
+            retrying(lambda a=address, n=name: transfer(a, folder / n, config.timeout_seconds), config.retries)
+        except OSError as problem:
+            raise ValueError(f"data.path: cannot read tokenizer/{name} ({problem}); copy the whole folder") from problem
+
+
+def _kept(config: DataConfig, identity: TokenizerIdentity, fill: Callable[[Path], None]) -> Path:
+    """A folder in the cache that `fill` has written once for all processes of the node."""
+    cache = open_cache(config).folder
+    folder = cache / f".tokenizer-{identity.hash[:16]}"
+    if not folder.exists():
+        temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".filling-"))
+        fill(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(temporary)
+    return folder

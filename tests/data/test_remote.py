@@ -141,6 +141,13 @@ def test_lasting_trouble_is_one_error_that_names_the_shard(server, tmp_path, exp
     assert (skipping.read(np.arange(200))[shard != 2] == expected[shard != 2]).all()
 
 
+def test_tokenizer_that_cannot_be_had_is_one_error_and_none_is_kept(server, tmp_path):
+    server.faults["tokenizer.model"] = [404, 503]
+    with pytest.raises(ValueError, match=r"cannot read tokenizer/tokenizer\.model .*HTTP 404"):
+        open_stream(config(server.url, tmp_path), 1)
+    assert Path(open_stream(config(server.url, tmp_path), 1).tokenizer_path).is_dir()
+
+
 def test_manifest_that_cannot_be_had_is_one_error(server, tmp_path):
     server.faults["manifest.json"] = [503, 503]
     assert open_stream(config(server.url, tmp_path), 1).num_rows

@@ -67,11 +67,16 @@ def test_manifest_survives_the_round_trip(dataset):
 
 
 @pytest.mark.parametrize("name", ["../escape.tar", "/etc/passwd", "a/b.tar", ".hidden", "..", ""])
-def test_shard_names_cannot_leave_their_folder(dataset, name):
-    raw = json.loads((dataset[0] / "train" / "manifest.json").read_text())
-    raw["shards"][0]["name"] = name
-    with pytest.raises(ValueError, match="not a plain file name"):
-        manifest_from_json(json.dumps(raw), "here")
+def test_names_cannot_leave_their_folder(dataset, name):
+    text = (dataset[0] / "train" / "manifest.json").read_text()
+    for place in ("shard", "tokenizer file"):
+        raw = json.loads(text)
+        if place == "shard":
+            raw["shards"][0]["name"] = name
+        else:
+            raw["tokenizer"]["files"] = [name]
+        with pytest.raises(ValueError, match="not a plain file name"):
+            manifest_from_json(json.dumps(raw), "here")
 
 
 @pytest.mark.parametrize("damage", ["{", "{}", '{"format": "other", "version": 1}'])

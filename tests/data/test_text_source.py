@@ -1,5 +1,7 @@
 """Text shards written by plain webdataset, tokenised on the fly."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import webdataset
@@ -25,6 +27,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 def config(path, tokenizer_path, **changes) -> DataConfig:
     settings = {"path": str(path), "tokenizer": str(tokenizer_path), "context_length": LENGTH, "stream_text": True}
     return DataConfig(**settings | changes)
@@ -44,6 +51,7 @@ def read(settings, dp: int, workers: int, steps: int, cursor=Cursor()) -> np.nda
 def test_rows_are_the_texts_with_eos_between_and_endless(folder, tokenizer_path):
     stream = open_stream(config(folder, tokenizer_path), 1)
     tokenizer = load_tokenizer(tokenizer_path)
+    assert [p.name for p in Path(stream.tokenizer_path).iterdir()] == ["tokenizer.model"], "a folder to copy"
     assert (stream.vocab_size, stream.mask_token_id) == (tokenizer.vocab_size, tokenizer.mask_token_id)
     tokens = stream.read(np.arange(2000)).reshape(-1)
     documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_token_id) + 1)[1:-1]
