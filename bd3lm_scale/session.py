@@ -146,20 +146,22 @@ class Session:
         self.store.save(self.step, self.optimizer.slices(), self._meta())
 
     def roll_back(self) -> None:
-        """Return to the newest checkpoint and move the data past the stretch since then.
+        """Return to the newest checkpoint and move the data past all that was read since then.
 
         Raises:
             CheckpointError: there is none.
         """
-        failed = self.step
+        failed = self.cursor
         self.store.wait()
         reader = self.store.newest()
         if reader is None:
             raise CheckpointError(f"{self.store.folder} has no checkpoint to roll back to; use runtime.on_nan=skip")
         restore(self, reader)
-        skipped = (failed + 1 - self.step) * self.config.train.global_batch_size
-        log.warning("rolled back from step %d to %d; %d rows are left out", failed, self.step, skipped)
-        self.seek(replace(self.cursor, data_offset=self.cursor.data_offset + skipped))
+        # from the offset of the failed attempt: the checkpoint knows nothing of an earlier rollback to it
+        offset = failed.data_offset + (failed.step + 1 - self.step) * self.config.train.global_batch_size
+        skipped = offset - self.cursor.data_offset
+        log.warning("rolled back from step %d to %d; %d rows are left out", failed.step, self.step, skipped)
+        self.seek(Cursor(self.step, offset, failed.excluded_shards))
 
     def close(self) -> None:
         """Finish the save in flight and stop reading."""
