@@ -1,5 +1,6 @@
 """Real training runs on tiny data: started, killed, stopped and read back by test_resume, test_faults and kill_many."""
 
+import contextlib
 import json
 import os
 import random
@@ -59,9 +60,12 @@ def prepare_tiny_data(folder: Path, seed: int = 0) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the system deals out, so that nobody takes it before the run's rank 0 does."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Job:
