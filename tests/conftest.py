@@ -6,9 +6,9 @@ import os
 # torch is imported anywhere, and inherited by every process a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.training_runs import Trainer, prepare_tiny_data  # noqa: E402
+from tests.training_runs import Trainer, prepare_tiny_data
 
 
 @pytest.fixture(scope="session")
