@@ -24,6 +24,8 @@ VPP2, SP = "parallel.virtual_pipeline_parallel_size=2", "parallel.sequence_paral
 Z2, Z3, BF16 = "optim.zero_stage=2", "optim.zero_stage=3", "precision=bf16"
 TIED, FULL = "model.tie_embeddings=true", "parallel.recompute=full"
 AR, MDLM, SEDD = ([f"diffusion.objective={name}"] for name in ("ar", "mdlm", "sedd"))
+ALL_PARTS = "partition=all"
+NAN, SPIKE, ABSENT = "harm=nan", "harm=spike", "harm=absent"
 LR, WEIGHT_TOLERANCE = 0.003, 0.003 * 5 * 1e-2
 
 # world size -> {case: (the one-process case it equals, overrides)}
@@ -45,6 +47,8 @@ CASES = {
         "zero2": ("plain", [Z2]),
         "zero3": ("plain", [Z3]),
         "dense_attention": ("plain", ["model.attention=dense"]),
+        "absent": ("absent", [ABSENT]),
+        "absent_bf16": ("absent_bf16", [ABSENT, BF16]),
     },
     2: {
         "dp2": ("plain", []),
@@ -64,6 +68,19 @@ CASES = {
         "tp2_bf16": ("bf16", [TP2, BF16]),
         "dp2_zero3_bf16": ("bf16", [Z3, BF16]),
         "tp2_clipped": ("clipped", [TP2, "optim.grad_clip=0.05"]),
+        "pp2_vpp2_tied": ("tied", [PP2, VPP2, TIED]),
+        "dp2_zero3_partitioned_tied": ("tied", [Z3, ALL_PARTS, TIED]),
+        "dp2_zero3_partitioned_bf16_recompute": ("bf16", [Z3, ALL_PARTS, BF16, FULL]),
+        "dp2_zero2_bf16": ("bf16", [Z2, BF16]),
+        "dp2_nan": ("absent", [NAN]),
+        "dp2_zero2_nan": ("absent", [Z2, NAN]),
+        "dp2_zero3_nan": ("absent", [Z3, ALL_PARTS, NAN]),
+        "dp2_zero2_spike": ("absent", [Z2, SPIKE]),
+        "dp2_zero3_spike": ("absent", [Z3, ALL_PARTS, SPIKE]),
+        "pp2_nan": ("absent", [PP2, NAN]),
+        "dp2_bf16_nan": ("absent_bf16", [BF16, NAN]),
+        "dp2_zero2_bf16_nan": ("absent_bf16", [Z2, BF16, NAN]),
+        "dp2_bf16_spike": ("absent_bf16", [BF16, SPIKE]),
         "broken_mpu": ("broken", [TP2, "sabotage=no mpu"]),
         "broken_hook": ("broken", [TP2, SP, "sabotage=no hook"]),
         "broken_tie": ("broken", [PP2, TIED, "sabotage=no tied sum"]),
@@ -151,6 +168,14 @@ def test_training_moves_weights_further_than_the_tolerance(results):
     moved = (reader.read("head.output.weight")).abs().max().item()
     assert moved > 20 * WEIGHT_TOLERANCE
     assert not torch.equal(reader.read("embedding.weight"), start.read("embedding.weight"))
+
+
+def test_a_step_left_out_matters(results):
+    """The cases with a bad step would notice one that was taken."""
+    kept = [step for step in results["plain"]["steps"] if step["step"] != 3]
+    for a, b in zip(results["absent"]["steps"][2:], kept[2:], strict=True):
+        assert a["stream_hash"] == b["stream_hash"]
+        assert a["loss"] != pytest.approx(b["loss"], rel=1e-4)
 
 
 def test_losses_fall_and_streams_differ_by_step(results):

@@ -1,6 +1,5 @@
 """What a session decides on its own: where the data goes on after a rollback."""
 
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -17,9 +16,9 @@ def session(monkeypatch):
     """At step 0; its only checkpoint is of step 10, saved before anything was skipped."""
     monkeypatch.setattr(module, "restore", lambda session, reader: session.seek(Cursor(10)))
     config = RunConfig(train=TrainConfig(global_batch_size=8))
-    parts = {name: Mock() for name in ("stream", "batches", "store", "agreement")}
+    parts = {name: Mock() for name in ("engine", "stream", "batches", "store", "agreement")}
     policy = AnomalyPolicy(config.runtime)
-    return Session(config, SimpleNamespace(), **parts, policy=policy, cursor=Cursor(), interval=(0.0, 1.0))
+    return Session(config, **parts, policy=policy, cursor=Cursor(), interval=(0.0, 1.0))
 
 
 def next_row(cursor: Cursor) -> int:

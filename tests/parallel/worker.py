@@ -23,7 +23,7 @@ from bd3lm_scale.config import RunConfig
 from bd3lm_scale.config_checks import check
 from bd3lm_scale.config_load import load_config
 from bd3lm_scale.data.batches import BatchPlan
-from bd3lm_scale.engine import build_engine
+from bd3lm_scale.engine import Engine, build_engine
 from bd3lm_scale.optim import zero
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh, new_host_group, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
@@ -33,6 +33,7 @@ from bd3lm_scale.values import Rows
 
 VOCAB = 100
 STEPS = 5
+BAD_STEP = 2
 ROOT = Path(__file__).parents[2]
 TINY = [
     "data.context_length=32", "diffusion.block_size=4", "model.hidden_size=64", "model.num_heads=4",
@@ -84,13 +85,42 @@ def sabotage(what: str):
         yield
 
 
+@contextlib.contextmanager
+def partition_everything():
+    """ZeRO-3 keeps small parameters whole, which here are all; partition and gather them as it does large ones."""
+    derived = zero.engine_config
+
+    def engine_config(*args):
+        config = derived(*args)
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 20_000}
+        return config
+
+    with mock.patch.object(zero, "engine_config", engine_config):
+        yield
+
+
+@contextlib.contextmanager
+def harm(what: str, engine: Engine, policy: AnomalyPolicy):
+    """A step gone bad: a gradient that is nan on the last rank alone, or a loss that the policy dislikes."""
+    with contextlib.ExitStack() as stack:
+        if what == "nan" and engine.mesh.rank == engine.mesh.world_size - 1:
+            _, parameter = engine.optimizer.named[-1]
+            stack.callback(parameter.register_hook(lambda gradient: gradient * float("nan")).remove)
+        elif what == "spike":
+            stack.enter_context(mock.patch.object(policy, "suspicion", return_value="spike: here"))
+        yield
+
+
 def run_case(name: str, overrides: list[str], output: Path, world_size: int) -> None:
-    broken = [o.removeprefix("sabotage=") for o in overrides if o.startswith("sabotage=")]
-    with sabotage(broken[0] if broken else ""):
-        _run_case(name, [o for o in overrides if not o.startswith("sabotage=")], output, world_size)
+    """Overrides that are none: `sabotage=` what is left out, `harm=` at step BAD_STEP, `partition=all`."""
+    own = {"sabotage": "", "harm": "", "partition": ""}
+    own |= dict(o.split("=", 1) for o in overrides if o.split("=", 1)[0] in own)
+    with sabotage(own["sabotage"]), partition_everything() if own["partition"] else contextlib.nullcontext():
+        rest = [o for o in overrides if o.split("=", 1)[0] not in own]
+        _run_case(name, rest, own["harm"], output, world_size)
 
 
-def _run_case(name: str, overrides: list[str], output: Path, world_size: int) -> None:
+def _run_case(name: str, overrides: list[str], harms: str, output: Path, world_size: int) -> None:
     config = load_config(ROOT / "configs" / "demo.yaml", [*TINY, *overrides])
     check(config, world_size, VOCAB)
     mesh = init_mesh(config.parallel, "cpu", 60)
@@ -99,8 +129,14 @@ def _run_case(name: str, overrides: list[str], output: Path, world_size: int) ->
     policy = AnomalyPolicy(config.runtime)
     steps = []
     for step in range(STEPS):
-        report, _ = train_step(engine, config, step, batches_of(config, mesh, step), (0.0, 1.0), policy)
-        steps.append(dataclasses.asdict(report))
+        what = harms if step == BAD_STEP else ""
+        if what == "absent":
+            continue
+        with harm(what, engine, policy):
+            report, verdict = train_step(engine, config, step, batches_of(config, mesh, step), (0.0, 1.0), policy)
+        assert verdict == ("skip" if what else "ok"), (name, step, verdict)
+        if not what:
+            steps.append(dataclasses.asdict(report))
     result = validate(engine, config, RandomStream(config.data.context_length), rows=10, draws=2, use_ema=True)
     store = CheckpointStore(output / name / "checkpoints", config.checkpoint, mesh.rank, world_size, group)
     store.save(STEPS, engine.optimizer.slices(), {"optimizer_step": engine.optimizer.updates})
