@@ -56,7 +56,7 @@ def read_run(run_dir: Path) -> RunData:
         validation=[row for row in rows if row["kind"] == "validation"],
         attempts=list(attempts.values()),
         repeated_steps=sum(row["kind"] == "train" for row in lines) - len(train),
-        events=[(row["step"], str(row["event"])) for row in train if row.get("event")],
+        events=[(row["step"], str(row["event"])) for row in rows if row.get("event")],
         speed=_speed(train),
         samples=_samples(run_dir / "samples"),
     )
