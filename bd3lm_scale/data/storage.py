@@ -110,6 +110,7 @@ def transfer(address: str, destination: Path, timeout: float) -> None:
                     file.seek(file.truncate(start))
                 for block in blocks:
                     file.write(block)
+                    file.flush()  # kept, even if this process is killed
                 return
             except TransferError as problem:
                 if problem.is_lasting or file.tell() < furthest + _GOOD_PROGRESS:

@@ -4,7 +4,6 @@ open_stream(config.data, seed) -> RowStream;   RowStream.read(sample_index) -> (
 """
 
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -117,10 +116,13 @@ def _kept(config: DataConfig, identity: TokenizerIdentity, fill: Callable[[Path]
     cache = open_cache(config).folder
     folder = cache / f".tokenizer-{identity.hash[:16]}"
     if not folder.exists():
-        temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".filling-"))
-        fill(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(temporary)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".filling-") as temporary:
+            full = Path(temporary) / "tokenizer"
+            full.mkdir()
+            fill(full)
+            try:
+                full.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster
+                    raise
     return folder
