@@ -69,6 +69,7 @@ def cases() -> list[Case]:
         Case("sedd", "SEDD", ("diffusion.objective=sedd", "diffusion.clip_search.enabled=false")),
         Case("block1", "L'=1", ("diffusion.block_size=1", *MEASURE_ONLY), draws=1),
         replace(ar, name="ar_again", label="AR, second seed", seed=2),
+        replace(ar, name="ar_slow", label="AR, half the learning rate", lr_factor=0.5),
         replace(ar, name="ar_fast", label="AR, 2.5 x the learning rate", lr_factor=2.5),
         replace(single, name="block1_full_again", label="L'=1, full masking, second seed", seed=2),
     ]
