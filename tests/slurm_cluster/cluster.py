@@ -14,6 +14,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
+
 HERE = Path(__file__).parent
 PREFIX = "bdn"
 NETWORK = "10.97.0"
@@ -124,6 +126,11 @@ class Cluster:
     def plug_in(self, node: str) -> None:
         """The cable is back."""
         must("ip", "link", "set", f"bd-{node}", "up")
+
+    def signal_process(self, node: str, pid: int, name: str) -> None:
+        """Send a signal to a process by its number inside the node."""
+        (init,) = psutil.Process(self._inits[node].pid).children()
+        must("nsenter", f"--target={init.pid}", "--pid", "kill", f"-{name}", str(pid))
 
     def boot(self, node: str) -> None:
         """Switch the node on (again)."""
