@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bd3lm_scale.checkpoint.store import CheckpointStore
@@ -26,6 +27,7 @@ from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.engine import Engine, build_engine
 from bd3lm_scale.optim import zero
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh, new_host_group, shutdown
+from bd3lm_scale.parallel.mpu import ModelParallelUnit
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 from bd3lm_scale.step import train_step
 from bd3lm_scale.validation import validate
@@ -70,11 +72,43 @@ def batches_of(config: RunConfig, mesh: Mesh, step: int) -> list[Rows]:
     return out
 
 
+class NoModelParallelUnit(ModelParallelUnit):
+    """What DeepSpeed assumes when it gets no mpu: all ranks are replicas."""
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        return 1
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        return 0
+
+    @staticmethod
+    def get_data_parallel_group() -> dist.ProcessGroup:
+        return dist.group.WORLD
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        return dist.get_world_size()
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        return dist.get_rank()
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        return list(range(dist.get_world_size()))
+
+    @staticmethod
+    def get_data_parallel_src_rank() -> int:
+        return 0
+
+
 @contextlib.contextmanager
 def sabotage(what: str):
     """Leave out one piece of the engine: the comparison with one process must notice."""
     if what == "no mpu":
-        patch = mock.patch.object(zero, "ModelParallelUnit", return_value=None)
+        patch = mock.patch.object(zero, "ModelParallelUnit", NoModelParallelUnit)
     elif what == "no hook":
         patch = mock.patch.object(zero.ZeroOptimizer, "_sum_sequence_parallel_gradients")
     elif what == "no tied sum":

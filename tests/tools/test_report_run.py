@@ -65,7 +65,7 @@ def test_report_is_one_page_that_stands_alone(tmp_path):
         "1, 3 steps computed twice",
         "loss is not finite",
         "MFU on 2 h100",
-        "blocks of 16",
+        "blocks of 4",
     ):
         assert words in text, words
     assert "9.0000" not in text, "an attempt that was repeated does not count"
