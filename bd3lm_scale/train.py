@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import torch
 
 from bd3lm_scale.checkpoint.agreement import Agreement
-from bd3lm_scale.checkpoint.lock import RunInUseError, RunLock, lock_run
+from bd3lm_scale.checkpoint.lock import RunInUseError, lock_run
 from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.config import ConfigError, RunConfig
 from bd3lm_scale.config_checks import check
@@ -21,7 +21,7 @@ from bd3lm_scale.config_load import load_config, to_dict
 from bd3lm_scale.config_summary import dry_run, summary
 from bd3lm_scale.data.batches import BadShardError
 from bd3lm_scale.data.stream import RowStream, open_stream
-from bd3lm_scale.parallel.mesh import Mesh, choose_device, init_mesh, new_host_group, read_launch, shutdown
+from bd3lm_scale.parallel.mesh import choose_device, init_mesh, new_host_group, read_launch, shutdown
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.log import get_logger, set_up_logging
 from bd3lm_scale.runtime.metrics import MetricsWriter
@@ -29,7 +29,7 @@ from bd3lm_scale.runtime.preflight import PreflightError, run_preflight
 from bd3lm_scale.runtime.run_folder import write_status
 from bd3lm_scale.runtime.stop import StopRequest
 from bd3lm_scale.runtime.watchdog import Watchdog
-from bd3lm_scale.session import FencedError, open_session, set_threads
+from bd3lm_scale.session import FencedError, Session, open_session, set_threads
 from bd3lm_scale.train_loop import run_loop
 
 log = get_logger(__name__)
@@ -77,57 +77,46 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
         torch.use_deterministic_algorithms(True)
     mesh = init_mesh(config.parallel, config.runtime.device, config.runtime.collective_timeout_seconds)
     agreement = Agreement(mesh.rank, mesh.world_size, new_host_group())
-    steps_done, owns_folder = 0, False
+    session, owns_folder = None, False
     try:
         lock = lock_run(config.run_dir, mesh.rank, mesh.world_size, agreement.group)
         owns_folder = True
-        with ExitStack() as parts:
+        with ExitStack() as parts:  # closes what was opened, last first, however this ends
             parts.callback(lock.release)
-            code, reason, steps_done = _attempt(config, mesh, agreement, lock, parts, fresh, step)
+            stop = StopRequest(config.run_dir, config.train.time_limit_minutes).install()
+            stream, held_out = agreement.together(lambda: _open_data(config, mesh.world_size))
+            watchdog = Watchdog(config.run_dir, config.runtime, mesh.rank, mesh.world_size).start()
+            parts.callback(watchdog.stop)
+            run_preflight(config.run_dir, to_dict(config), mesh.device, agreement.group)
+            log.info("\n%s", summary(config, mesh.world_size, stream.vocab_size))
+            session = open_session(config, mesh, stream, agreement, lock, fresh, step)
+            parts.callback(session.close)
+            metrics = MetricsWriter(config.run_dir, None, config.logging, mesh.reports, to_dict(config))
+            parts.callback(metrics.close)
+            code, reason = run_loop(session, held_out, stop, metrics, watchdog)
     except tuple(ENDINGS) as error:
         code, reason = ENDINGS[type(error)], str(error)
     except Exception as error:
         code, reason = ExitCode.FAILED, f"{type(error).__name__}: {error}"
         log.exception("this rank failed")
     if mesh.reports:
-        level = logging.INFO if code in (ExitCode.FINISHED, ExitCode.STOPPED) else logging.ERROR
-        log.log(level, "%s at step %d: %s", ExitCode(code).name.lower(), steps_done, reason)
-        if owns_folder and code != ExitCode.FENCED:
-            try:
-                write_status(config.run_dir, code, reason, steps_done)
-            except OSError as error:
-                log.warning("runtime/status.json cannot be written: %s", error)
+        _report(config, code, reason, session, owns_folder and code != ExitCode.FENCED)
     if code != ExitCode.FAILED:  # after a failure the others may not be there to take leave of
         shutdown()
     return code
 
 
-def _attempt(
-    config: RunConfig,
-    mesh: Mesh,
-    agreement: Agreement,
-    lock: RunLock,
-    parts: ExitStack,
-    fresh: bool,
-    step: int | None,
-) -> tuple[ExitCode, str, int]:
-    """Build the parts, train, save. Returns (exit code, reason, steps done); `parts` closes what was opened."""
-    stop = StopRequest(config.run_dir, config.train.time_limit_minutes).install()
-    stream, held_out = agreement.together(lambda: _open_data(config, mesh.world_size))
-    watchdog = Watchdog(config.run_dir, config.runtime, mesh.rank, mesh.world_size).start()
-    parts.callback(watchdog.stop)
-    run_preflight(config.run_dir, to_dict(config), mesh.device, agreement.group)
-    log.info("\n%s", summary(config, mesh.world_size, stream.vocab_size))
-    session = open_session(config, mesh, stream, agreement, lock, fresh, step)
-    parts.callback(session.close)
-    metrics = MetricsWriter(config.run_dir, None, config.logging, mesh.reports, to_dict(config))
-    parts.callback(metrics.close)
-    code, reason = run_loop(session, held_out, stop, metrics, watchdog)
-    session.store.wait()
-    save = session.store.last_save
-    if save is not None and save.step == session.step and save.problem is not None:
-        code, reason = ExitCode.FAILED, f"the last checkpoint could not be saved: {save.problem}"
-    return code, reason, session.step
+def _report(config: RunConfig, code: ExitCode, reason: str, session: Session | None, may_write: bool) -> None:
+    """Rank 0's last words: to the log, and to the launcher."""
+    step = session.step if session else 0
+    where = f" at step {step}" if session else ""
+    level = logging.INFO if code in (ExitCode.FINISHED, ExitCode.STOPPED) else logging.ERROR
+    log.log(level, "%s%s: %s", code.name.lower(), where, reason)
+    try:
+        if may_write:
+            write_status(config.run_dir, code, reason, step)
+    except OSError as error:
+        log.warning("runtime/status.json cannot be written: %s", error)
 
 
 def _known_vocab(config: RunConfig) -> int | None:

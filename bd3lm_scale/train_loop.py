@@ -84,7 +84,17 @@ def run_loop(
     progress.close()
     if saved_at != session.step:
         _save(session, metrics, watchdog)
-    return code, reason
+    problem = _problem_of_last_save(session)
+    return (code, reason) if problem is None else (ExitCode.FAILED, problem)
+
+
+def _problem_of_last_save(session: Session) -> str | None:
+    """An attempt whose last steps are not on the disk did not do them."""
+    session.store.wait()
+    save = session.store.last_save
+    if save is None or save.step != session.step or save.problem is None:
+        return None
+    return f"the last checkpoint could not be saved: {save.problem}"
 
 
 def _keep_bad_batch(session: Session, step: int, rows: list[Rows], verdict: str) -> None:

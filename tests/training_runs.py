@@ -55,7 +55,7 @@ def prepare_tiny_data(folder: Path, seed: int = 0) -> Path:
         shard_tokens=1024,
         chunk_tokens=256,
     )
-    prepare(task, str(model), folder / "data", workers=1)
+    prepare(task, str(model), folder / "data", workers=0)
     return folder / "data"
 
 
