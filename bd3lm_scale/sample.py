@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
+from bd3lm_scale.checkpoint.agreement import Agreement
 from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.config import ConfigError, RunConfig
 from bd3lm_scale.data.tokenizer import Tokenizer, load_tokenizer
@@ -192,9 +193,11 @@ def write_samples(
 
 def _gather(samples: Iterator[Sample], loaded: Loaded) -> list[Sample]:
     """Everybody's samples in order of their numbers; tensor-parallel peers hold equal ones, which count once."""
-    parts: list[Any] = [None] * loaded.engine.mesh.world_size
-    dist.all_gather_object(parts, list(samples), group=loaded.engine.host_group)
-    return sorted({s.index: s for part in parts for s in part}.values(), key=lambda s: s.index)
+    mesh = loaded.engine.mesh
+    ranks = Agreement(mesh.rank, mesh.world_size, loaded.engine.host_group)
+    parts = ranks.exchange([asdict(sample) for sample in samples])
+    everyone = [Sample(**{**found, "tokens": tuple(found["tokens"])}) for part in parts for found in part]
+    return sorted({sample.index: sample for sample in everyone}.values(), key=lambda sample: sample.index)
 
 
 @contextmanager
