@@ -25,6 +25,7 @@ from bd3lm_scale.parallel.mesh import Mesh
 from bd3lm_scale.values import HeadRows, LossSum, NoisyRows
 
 _ROW_MULTIPLE = 128
+_MAX_GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,17 @@ def build_engine(
     return Engine(process, transformer, chunks, optimizer, mesh, host_group)
 
 
-def compile_layers(chunks: list[Denoiser]) -> None:
-    """torch.compile each transformer layer in place: all layers share one compiled graph."""
+def compile_layers(chunks: list[Denoiser], backend: str = "inductor") -> None:
+    """torch.compile each transformer layer in place: the layers share their graphs, but for the last one's.
+
+    Each mode (training, validation, other micro-batch sizes) adds some, and torch gives up silently after a few.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for chunk in chunks:
-        for layer in chunk.decoder.layers:
-            layer.compile(dynamic=False)
+        for layer in cast(Any, chunk.decoder.layers):
+            # its key is a number on the host: traced, it would mean a graph for every layer and place
+            layer.apply_dropout = torch.compiler.disable(layer.apply_dropout)
+            layer.compile(dynamic=False, backend=backend)
 
 
 def run_pass(

@@ -19,7 +19,7 @@ from bd3lm_scale.values import StateSlice
 
 _ONE_PROCESS = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1",
                 "parallel.virtual_pipeline_parallel_size=null", "parallel.sequence_parallel=false",
-                "parallel.recompute=none")  # fmt: skip
+                "parallel.recompute=none", "optim.zero_stage=1", "train.compile=false")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def load_model(
     """Open a checkpoint under the layout of this world.
 
     The saved layout is not taken over: everything is 1 unless `overrides` say otherwise (parallel.*), and what the
-    world leaves is data parallel.
+    world leaves is data parallel. Nor are compiled layers, which would be compiled anew for every length of decoding.
 
     Args:
         source: run folder or checkpoint folder.

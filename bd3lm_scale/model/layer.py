@@ -121,8 +121,10 @@ class DiTLayer(TransformerLayer):
         return torch.addcmul(x, gate_m, self._drop(out.float() + bias.float(), context_mask, 1)), context
 
     def _drop(self, x: Tensor, key: Tensor | None, site: int) -> Tensor:
-        if not self.training:
-            return x
+        return x if key is None or not self.training else self.apply_dropout(x, key, site)
+
+    def apply_dropout(self, x: Tensor, key: Tensor, site: int) -> Tensor:
+        """Dropout at this layer's place `site`; different rows on each rank under sequence parallelism."""
         shard = self.tp_group.rank() if self.config.sequence_parallel else 0
         return keyed_dropout(x, self.hidden_dropout, key, self.layer_number, site, shard)
 
