@@ -131,12 +131,18 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     virtual_pipeline_parallel_size: int | None = None
-    """Model chunks per pipeline stage (interleaved schedule)."""
+    """Model chunks per pipeline stage (interleaved schedule); 1 is the same as null."""
     sequence_parallel: bool = False
     recompute: str = "none"
     """none | selective | full activation recomputation."""
     experimental: bool = False
     """Allow combinations that work but are not proven in every detail (ZeRO-2 with pipeline stages)."""
+
+    @property
+    def interleaved_chunks(self) -> int | None:
+        """Model chunks per stage where the schedule is interleaved, else None."""
+        chunks = self.virtual_pipeline_parallel_size
+        return None if chunks == 1 else chunks
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from bd3lm_scale.config_ranges import range_problems
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this inside, independently of the layout."""
 
+MIN_FLEX_WIDTH = 16
+"""FlexAttention's kernels need heads at least this wide."""
+
 
 def check(config: RunConfig, world_size: int | None = None, vocab_size: int | None = None) -> None:
     """Raise ConfigError with all problems, if there are any."""
@@ -105,8 +108,8 @@ def _diffusion(config: RunConfig) -> list[str]:
     if objective == "bd3lm" and length % size:
         nearest = _nearest(size, _divisors(length))
         found.append(f"diffusion.block_size ({size}): does not divide data.context_length {length}; use {nearest}")
-    if objective == "ar" and length < 2:
-        found.append(f"data.context_length ({length}): ar predicts the next token; use at least 2")
+    if length < 2 and (objective == "ar" or diffusion.ignore_bos):
+        found.append(f"data.context_length ({length}): a row's first token is not predicted; use at least 2")
     found += _clip_interval(config)
     if objective == "sedd" and diffusion.time_conditioning is False:
         found.append("diffusion.time_conditioning (false): score entropy needs the noise level; use null or true")
@@ -150,6 +153,11 @@ def _model(config: RunConfig) -> list[str]:
         found.append(
             f"model.num_heads ({heads}): rotary positions need an even head width, not {width // heads}; "
             f"use a hidden_size that is a multiple of {2 * heads}"
+        )
+    elif model.attention == "flex" and width // heads < MIN_FLEX_WIDTH:
+        found.append(
+            f"model.attention (flex): needs heads at least {MIN_FLEX_WIDTH} wide, not {width // heads}; "
+            "use auto or chunked, or fewer heads"
         )
     on_cpu = config.runtime.device == "cpu"
     if model.attention == "flex" and on_cpu:

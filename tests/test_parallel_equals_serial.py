@@ -58,6 +58,7 @@ CASES = {
         "dp2_zero2": ("plain", [Z2]),
         "dp2_zero3": ("plain", [Z3]),
         "pp2_vpp2": ("plain", [PP2, VPP2]),
+        "pp2_vpp1": ("plain", [PP2, "parallel.virtual_pipeline_parallel_size=1", "train.micro_batch_size=3"]),
         "pp2_tied": ("tied", [PP2, TIED]),
         "tp2_zero3_tied": ("tied", [TP2, Z3, TIED]),
         "tp2_single": ("single", [TP2, "diffusion.block_size=1"]),

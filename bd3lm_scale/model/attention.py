@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bd3lm_scale.config_checks import MIN_FLEX_WIDTH
 from bd3lm_scale.values import CLEAN_VIEW, Visibility
 
 _CHUNK = 128
@@ -39,7 +40,7 @@ class AttentionPattern:
 
     Args:
         visibility: positions as (view, segment, block).
-        backend: auto | dense | chunked | flex.
+        backend: auto | dense | chunked | flex; auto is flex on CUDA, except for narrow heads.
     """
 
     def __init__(self, visibility: Visibility, backend: str = "auto") -> None:
@@ -66,7 +67,7 @@ class AttentionPattern:
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_PBHK[:num_queries], key_PBHK, value_PBHK))
         backend = self.backend
         if backend == "auto":
-            backend = "flex" if query.is_cuda else "chunked"
+            backend = "flex" if query.is_cuda and query.shape[3] >= MIN_FLEX_WIDTH else "chunked"
         if self.is_full or (self.is_causal and num_queries == self.num_positions):
             out = F.scaled_dot_product_attention(query, key, value, is_causal=not self.is_full)
         elif backend == "dense":

@@ -72,7 +72,7 @@ def make_transformer_config(
         layernorm_epsilon=1e-5,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.interleaved_chunks,
         sequence_parallel=parallel.sequence_parallel,
         bf16=is_bf16,
         params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
@@ -89,8 +89,8 @@ def make_transformer_config(
         attention_softmax_in_fp32=True,
         deterministic_mode=config.train.deterministic,
         # gloo has no batched send-receive; Megatron's default on GPUs where messages do not overlap computation
-        batch_p2p_comm=on_gpu and parallel.virtual_pipeline_parallel_size is None,
-        overlap_p2p_comm=parallel.virtual_pipeline_parallel_size is not None,
+        batch_p2p_comm=on_gpu and parallel.interleaved_chunks is None,
+        overlap_p2p_comm=parallel.interleaved_chunks is not None,
         # With gloo, freeing a stage's output early gave silent NaN under interleaving.
         deallocate_pipeline_outputs=on_gpu,
         variable_seq_lengths=False,

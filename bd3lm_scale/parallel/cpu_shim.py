@@ -34,6 +34,11 @@ class _CpuTorch(types.ModuleType):
         return torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
 
+def is_installed() -> bool:
+    """Whether Megatron in this process is bound to the CPU; there is no way back."""
+    return _installed
+
+
 def install() -> None:
     """Rebind Megatron's CUDA calls to the CPU; idempotent."""
     global _installed

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from bd3lm_scale.config import ParallelConfig
+from bd3lm_scale.parallel import cpu_shim
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,25 @@ def init_mesh(parallel: ParallelConfig, device: str = "auto", timeout_seconds: f
         parallel: sizes; the world must be a multiple of TP * PP (checked by the configuration before).
         device: auto | cpu | cuda.
         timeout_seconds: after which a collective that does not complete raises on every rank.
+
+    Raises:
+        ValueError: no such device, or CUDA after the CPU in one process.
     """
     launch = read_launch()
     chosen = choose_device(device, launch.local_rank)
     if chosen.type == "cuda":
+        if cpu_shim.is_installed():
+            raise ValueError(
+                "runtime.device (cuda): this process has set Megatron and DeepSpeed up for the CPU; "
+                "use a process of its own for each device"
+            )
         torch.cuda.set_device(chosen)
+        os.environ["DS_ACCELERATOR"] = "cuda"
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # read when cuBLAS starts; without it torch refuses matrix products under train.deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        from bd3lm_scale.parallel import cpu_shim
-
         cpu_shim.install()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -139,7 +149,7 @@ def _init_groups(parallel: ParallelConfig, launch: Launch, device: torch.device,
         parallel_state.initialize_model_parallel(
             parallel.tensor_parallel_size,
             parallel.pipeline_parallel_size,
-            parallel.virtual_pipeline_parallel_size,
+            parallel.interleaved_chunks,
             distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
         )
         if device.type == "cuda":

@@ -55,6 +55,14 @@ REFUSED = [
     ({PP: 4, VPP: 2}, "parallel.pipeline_parallel_size", {PP: 3}, "pipeline_parallel_size=3"),
     ({VPP: 2}, "parallel.virtual_pipeline_parallel_size", {VPP: None}, "use null"),
     ({SP: True}, "parallel.sequence_parallel", {SP: False}, "use false"),
+    ({"model__attention": "flex"}, "model.attention", {"model__attention": "auto"}, "use auto"),
+    ({"model__attention": "flex"}, "model.attention", {"model__num_heads": 6}, "fewer heads"),
+    (
+        {"data__context_length": 1, "diffusion__block_size": 1},
+        "data.context_length",
+        {"diffusion__ignore_bos": False},
+        "at least 2",
+    ),
     (
         {SP: True, TP: 4, "data__context_length": 66, "diffusion__block_size": 1, "diffusion__objective": "mdlm"},
         "parallel.sequence_parallel",
@@ -121,7 +129,12 @@ REFUSED = [
         {"diffusion__mdlm_loss_scale": False},
         "false",
     ),
-    ({"model__attention": "flex", "runtime__device": "cpu"}, "model.attention", {"model__attention": "auto"}, "auto"),
+    (
+        {"model__attention": "flex", "model__num_heads": 6, "runtime__device": "cpu"},
+        "model.attention",
+        {"model__attention": "auto"},
+        "auto",
+    ),
     ({"train__compile": True, "runtime__device": "cpu"}, "train.compile", {"train__compile": False}, "false"),
     ({"optim__min_lr": 1.0}, "optim.min_lr", {"optim__min_lr": 3e-4}, "at most 0.0003"),
     ({"sampling__sampler": "ar"}, "sampling.sampler", {"sampling__sampler": "first_hitting"}, "first_hitting"),
@@ -176,6 +189,7 @@ def test_numbers_are_checked_at_the_ends_of_their_intervals():
 def test_every_shown_choice_is_legal_and_a_typo_names_its_neighbour():
     together = {
         "sampling.sampler": {"ar": ("diffusion__objective", "ar"), "analytic": ("diffusion__objective", "sedd")},
+        "model.attention": {"flex": ("model__num_heads", 6)},
     }
     for name, choices in CHOICES.items():
         for choice in choices:
