@@ -6,6 +6,7 @@ number is the same bit by bit.
 
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -86,8 +87,8 @@ class TestSameLayout:
 
     @pytest.mark.parametrize("world", [1, 2])
     def test_killed_run_resumes_bit_by_bit(self, trainer, tmp_path, straight, two, world):
-        killed = trainer.command(tmp_path, world=world, faults=KILL)
-        assert killed.returncode not in (0, ExitCode.STOPPED), killed.stderr
+        killed = trainer.start(tmp_path, world=world, faults=KILL).wait()
+        assert killed.codes[0] == -signal.SIGKILL, killed.output
         assert max(rows_of(tmp_path)) == 12
         resumed = trainer.command(tmp_path, world=world)
         assert resumed.returncode == 0, resumed.stderr
@@ -213,6 +214,14 @@ class TestRefusals:
         job = trainer.train(run_dir, f"data.path={other}", world=2, expect=ExitCode.CONFIG)
         assert job.output.count("its tokenizer is not the one") == 1
         assert not rows_of(run_dir)
+
+    def test_one_rank_without_data_ends_all_with_its_reason(self, trainer, tmp_path):
+        nowhere = tmp_path / "nowhere"
+        job = trainer.start(tmp_path / "run", world=2, last_rank=(f"data.path={nowhere}",)).wait()
+        assert job.codes == [ExitCode.CONFIG] * 2, job.output
+        assert job.output.count(f"data.path ({nowhere})") == 1
+        assert "rank 1: the data" in job.output
+        assert "Traceback" not in job.output
 
     def test_one_job_per_run_folder(self, trainer, straight, tmp_path):
         first = trainer.start(tmp_path, faults="hang@step=7")

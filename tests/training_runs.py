@@ -141,15 +141,16 @@ class Trainer:
     def arguments(self, run_dir: Path, *overrides: str) -> list[str]:
         return [str(self.config), f"run_dir={run_dir}", f"data.path={self.data}", *overrides]
 
-    def start(self, run_dir: Path, *overrides: str, world: int = 1, faults: str = "", environment=None) -> Job:
-        """One process per rank, as torchrun and srun make them."""
+    def start(self, run_dir: Path, *overrides: str, world: int = 1, faults: str = "", last_rank: tuple = ()) -> Job:
+        """One process per rank, as torchrun and srun make them; `last_rank` gets further overrides."""
         port, self.count = free_port(), self.count + 1
         logs = [self.folder / f"job{self.count}_rank{rank}.txt" for rank in range(world)]
         for rank, log in enumerate(logs):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port} if world > 1 else {}
-            variables = {**place, "MASTER_ADDR": "127.0.0.1", "BD3LM_FAULTS": faults, **(environment or {})}
+            variables = {**place, "MASTER_ADDR": "127.0.0.1", "BD3LM_FAULTS": faults}
+            more = last_rank if rank == world - 1 else ()
             request = {
-                "arguments": self.arguments(run_dir, *overrides),
+                "arguments": self.arguments(run_dir, *overrides, *more),
                 "environment": {**clean_environment(), **{name: str(value) for name, value in variables.items()}},
                 "log": str(log),
             }
