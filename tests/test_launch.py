@@ -281,3 +281,10 @@ def test_codes_are_explained():
     assert describe_code(-9) == describe_code(137) == "killed by SIGKILL"
     assert describe_code(87) == "exit 87 (hang)"
     assert describe_code(3) == "exit 3"
+
+
+def test_launcher_needs_no_engine():
+    """It runs on batch hosts outside the container that has torch."""
+    code = "import sys, bd3lm_scale.launch; print({'torch', 'numpy', 'megatron', 'deepspeed'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
