@@ -1,6 +1,12 @@
-"""One-GPU checks, skipped without CUDA: kernels equal the oracle, a GPU run equals a CPU run, resume and recompute."""
+"""One-GPU checks, skipped without CUDA: kernels equal the oracle, a GPU run equals a CPU run, resume and recompute.
+
+Megatron and DeepSpeed are bound to one device per process, so each device has a process of its own.
+"""
 
 import dataclasses
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -29,45 +35,66 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _leave_groups():
-    yield
-    shutdown()
+def _leave_parent_behind() -> None:
+    """Other tests of this pytest process have chosen the CPU."""
+    os.environ.pop("DS_ACCELERATOR", None)
+
+
+@pytest.fixture(scope="module")
+def on():
+    """on(device, function, ...): what the function returns in the process of that device."""
+    spawn = multiprocessing.get_context("spawn")
+    pools = {name: ProcessPoolExecutor(1, spawn, _leave_parent_behind) for name in ("cpu", "cuda")}
+    yield (
+        lambda device, function, *args, **kwargs: (
+            pools[device].submit(function, *args, device=device, **kwargs).result()
+        )
+    )
+    for pool in pools.values():
+        pool.shutdown()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("length", "block_size"), [(1024, 4), (256, 256), (200, 1)])
 @pytest.mark.parametrize("half", [False, True])
-def test_flex_equals_dense_forward_and_backward(dtype, tolerance, length, block_size, half):
+def test_flex_equals_dense_forward_and_backward(on, dtype, tolerance, length, block_size, half):
     """Also where 2L is no multiple of the tile, and where only the noisy half asks (the last layer)."""
-    visibility = training_visibility("bd3lm", length, block_size)
-    queries = length if half else 2 * length
-    results = []
-    for backend in ("dense", "flex"):
-        generator = torch.Generator("cuda").manual_seed(0)
-        shape = (2 * length, 2, 2, 64)
-        q, k, v = (torch.randn(shape, device="cuda", generator=generator).to(dtype).requires_grad_() for _ in range(3))
-        out = AttentionPattern(visibility, backend).attend(q, k, v, queries)
-        weight = torch.randn(out.shape, device="cuda", generator=generator).to(dtype)
-        (out * weight).sum().backward()
-        results.append([out, q.grad, k.grad, v.grad])
-    for ours, oracle in zip(results[1], results[0], strict=True):
+    dense, flex = (
+        on("cuda", attend, backend, length, block_size, length if half else 2 * length, dtype)
+        for backend in ("dense", "flex")
+    )
+    for ours, oracle in zip(flex, dense, strict=True):
         assert ours.isfinite().all()
-        torch.testing.assert_close(ours.float(), oracle.float(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(ours, oracle, rtol=tolerance, atol=tolerance)
 
 
-def train(device: str, *overrides: str, steps: int = 6, save_at: int | None = None, start=None, store=None) -> list:
-    """Reports of a few steps; saves after step `save_at`, or starts from `start`."""
+def attend(backend: str, length: int, block_size: int, queries: int, dtype: torch.dtype, device: str) -> list:
+    """Output and gradients of attention on random input."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (2 * length, 2, 2, 64)
+    q, k, v = (torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_() for _ in range(3))
+    pattern = AttentionPattern(training_visibility("bd3lm", length, block_size), backend)
+    out = pattern.attend(q, k, v, queries)
+    weight = torch.randn(out.shape, device=device, generator=generator).to(dtype)
+    (out * weight).sum().backward()
+    return [t.detach().float().cpu() for t in (out, q.grad, k.grad, v.grad)]
+
+
+def train(*overrides: str, device: str, save_at: int | None = None, store=None) -> list:
+    """Reports of 6 steps, or of those after the newest checkpoint of `store`; saves there after step `save_at`."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.use_deterministic_algorithms("train.deterministic=true" in overrides)
     config = load_config("configs/demo.yaml", [*SMALL, f"runtime.device={device}", *overrides])
     mesh = init_mesh(config.parallel, device)
     engine = build_engine(config, mesh, VOCAB, VOCAB - 1)
-    first = 0
+    first, keeper = 0, store and CheckpointStore(*store)
+    start = keeper and keeper.newest()
     if start is not None:
         start.fill(engine.optimizer.slices())
         engine.optimizer.restored(start.meta["optimizer_step"])
         first = start.meta["step"]
     plan, reports = BatchPlan(config.train.global_batch_size, config.train.micro_batch_size), []
-    for step in range(first, steps):
+    for step in range(first, 6):
         rows = []
         for micro_step in range(plan.num_micro_batches):
             position = plan.positions(micro_step)
@@ -76,17 +103,16 @@ def train(device: str, *overrides: str, steps: int = 6, save_at: int | None = No
             rows.append(Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.ones(len(position)).bool()))
         reports.append(train_step(engine, config, step, rows, (0.0, 1.0), AnomalyPolicy(config.runtime))[0])
         if step + 1 == save_at:
-            store.save(save_at, engine.optimizer.slices(), {"optimizer_step": engine.optimizer.updates})
-            store.wait()
+            keeper.save(save_at, engine.optimizer.slices(), {"optimizer_step": engine.optimizer.updates})
+            keeper.wait()
     shutdown()
     return reports
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gpu_equals_cpu(stage):
-    torch.backends.cuda.matmul.allow_tf32 = False
+def test_gpu_equals_cpu(on, stage):
     overrides = ["precision=fp32", f"optim.zero_stage={stage}"]
-    for cpu, gpu in zip(train("cpu", *overrides), train("cuda", *overrides), strict=True):
+    for cpu, gpu in zip(on("cpu", train, *overrides), on("cuda", train, *overrides), strict=True):
         assert cpu.stream_hash == gpu.stream_hash
         assert gpu.loss == pytest.approx(cpu.loss, rel=1e-4)
         assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-3)
@@ -95,46 +121,58 @@ def test_gpu_equals_cpu(stage):
 @pytest.mark.parametrize(
     "overrides", [["precision=fp32"], ["precision=bf16"], ["precision=bf16", "optim.zero_stage=3"]]
 )
-def test_resume_is_bitwise_on_the_gpu(tmp_path, overrides):
+def test_resume_is_bitwise_on_the_gpu(on, tmp_path, overrides):
     overrides = [*overrides, "model.dropout=0.1", "train.deterministic=true"]
     for asynchronous in (False, True):
-        store = CheckpointStore(tmp_path / str(asynchronous), CheckpointConfig(asynchronous=asynchronous))
-        whole = train("cuda", *overrides, save_at=3, store=store)
-        resumed = train("cuda", *overrides, start=store.newest())
+        store = (tmp_path / str(asynchronous), CheckpointConfig(asynchronous=asynchronous))
+        whole = on("cuda", train, *overrides, save_at=3, store=store)
+        resumed = on("cuda", train, *overrides, store=store)
         assert [dataclasses.astuple(r) for r in resumed] == [dataclasses.astuple(r) for r in whole[3:]]
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputation_repeats_dropout(recompute):
+def test_recomputation_repeats_dropout(on, recompute):
     overrides = ["precision=fp32", "model.dropout=0.2"]
-    plain, again = train("cuda", *overrides), train("cuda", *overrides, f"parallel.recompute={recompute}")
-    for a, b in zip(plain, again, strict=True):
+    again = on("cuda", train, *overrides, f"parallel.recompute={recompute}")
+    for a, b in zip(on("cuda", train, *overrides), again, strict=True):
         assert b.loss == pytest.approx(a.loss, rel=1e-4)
 
 
-def test_compiled_layers_compute_the_same():
-    overrides = ["precision=fp32"]
-    for a, b in zip(train("cuda", *overrides), train("cuda", *overrides, "train.compile=true"), strict=True):
+@pytest.mark.parametrize("overrides", [["model.dropout=0.0"], ["model.dropout=0.2"], ["optim.zero_stage=3"]])
+def test_compiled_layers_compute_the_same(on, overrides):
+    overrides = ["precision=fp32", *overrides]
+    compiled = on("cuda", train, *overrides, "train.compile=true")
+    for a, b in zip(on("cuda", train, *overrides), compiled, strict=True):
         assert b.loss == pytest.approx(a.loss, rel=1e-4)
 
 
-def test_bf16_stays_near_fp32():
-    for a, b in zip(train("cuda", "precision=fp32"), train("cuda", "precision=bf16"), strict=True):
+def test_bf16_stays_near_fp32(on):
+    for a, b in zip(on("cuda", train, "precision=fp32"), on("cuda", train, "precision=bf16"), strict=True):
         assert b.loss == pytest.approx(a.loss, rel=2e-2)
 
 
-def test_cached_decoding_on_the_gpu_equals_the_cpu():
+def test_heads_too_narrow_for_flex_train_all_the_same(on):
+    cpu, gpu = (on(device, train, "precision=fp32", "model.num_heads=16") for device in ("cpu", "cuda"))
+    for a, b in zip(cpu, gpu, strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=1e-4)
+
+
+def test_cached_decoding_on_the_gpu_equals_the_cpu(on):
+    cpu, gpu = (on(device, decode) for device in ("cpu", "cuda"))
+    is_real = cpu.isfinite()
+    torch.testing.assert_close(gpu[is_real], cpu[is_real], rtol=1e-4, atol=1e-4)
+
+
+def decode(device: str) -> torch.Tensor:
+    """Logits of a masked block after three clean ones."""
     config = load_config("configs/demo.yaml", [*SMALL, "precision=fp32"])
-    logits = []
-    for device in ("cpu", "cuda"):
-        mesh = init_mesh(config.parallel, device)
-        model = build_engine(config, mesh, VOCAB, VOCAB - 1, for_training=False).chunks[0]
-        generator = torch.Generator().manual_seed(1)
-        for parameter in model.parameters():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-        decoder = CachedDecoder(model, 16, batch_size=2)
-        decoder.commit(torch.arange(96).reshape(2, 48))
-        logits.append(decoder.denoise(torch.full((2, 16), VOCAB - 1)).cpu())
-        shutdown()
-    is_real = logits[0].isfinite()
-    torch.testing.assert_close(logits[1][is_real], logits[0][is_real], rtol=1e-4, atol=1e-4)
+    mesh = init_mesh(config.parallel, device)
+    model = build_engine(config, mesh, VOCAB, VOCAB - 1, for_training=False).chunks[0]
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    decoder = CachedDecoder(model, 16, batch_size=2)
+    decoder.commit(torch.arange(96).reshape(2, 48))
+    logits = decoder.denoise(torch.full((2, 16), VOCAB - 1)).cpu()
+    shutdown()
+    return logits
