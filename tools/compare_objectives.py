@@ -180,17 +180,22 @@ def _run(case: Case, args: argparse.Namespace, data: Path, output: Path) -> None
         return
     run_dir, lr = output / case.name, args.lr * case.lr_factor
     rows = min(192, args.rows)
-    common = [
-        f"run_dir={run_dir}", f"seed={case.seed}", f"data.path={data}", f"data.context_length={args.context_length}",
-        "data.workers=0", f"model.num_layers={args.layers}", f"model.hidden_size={args.width}", "model.num_heads=4",
-        "model.cond_dim=32", f"optim.lr={lr}", f"optim.warmup_steps={max(1, args.steps // 20)}",
-        "optim.schedule=cosine", f"optim.min_lr={lr / 10}", "optim.ema_decay=0.98", f"train.steps={args.steps}",
-        f"train.global_batch_size={args.rows_per_step}", f"train.micro_batch_size={args.rows_per_step}",
-        f"evaluation.every_steps={max(1, args.steps // VALIDATIONS)}", f"evaluation.rows={rows}",
-        "evaluation.micro_batch_size=16", f"checkpoint.every_steps={max(1, args.steps // 2)}", "checkpoint.keep_last=1",
-        "logging.every_steps=10", "runtime.device=cpu", *case.overrides,
-    ]  # fmt: skip
-    _call(["-m", "bd3lm_scale.train", str(ROOT / "configs" / "demo.yaml"), *common])
+    steps, per_step = args.steps, args.rows_per_step
+    settings = {
+        "run_dir": str(run_dir), "seed": case.seed, "precision": "fp32",
+        "data": {"path": str(data), "context_length": args.context_length, "workers": 0},
+        "model": {"num_layers": args.layers, "hidden_size": args.width, "num_heads": 4, "cond_dim": 32, "dropout": 0.0},
+        "optim": {"lr": lr, "warmup_steps": max(1, steps // 20), "schedule": "cosine", "min_lr": lr / 10,
+                  "ema_decay": 0.98},
+        "train": {"steps": steps, "global_batch_size": per_step, "micro_batch_size": per_step, "threads": 1},
+        "evaluation": {"every_steps": max(1, steps // VALIDATIONS), "rows": rows, "micro_batch_size": 16},
+        "checkpoint": {"every_steps": max(1, steps // 2), "keep_last": 1},
+        "logging": {"every_steps": 10},
+        "runtime": {"device": "cpu"},
+    }  # fmt: skip
+    config = output / f"{case.name}.yaml"
+    config.write_text(json.dumps(settings, indent=1))  # YAML reads JSON
+    _call(["-m", "bd3lm_scale.train", str(config), *case.overrides])
     figures.parent.mkdir(exist_ok=True)
     temporary = figures.with_suffix(".unfinished")
     score = ["--rows", str(args.rows), "--variance", "--noise-draws", str(args.noise_draws), "--json", str(temporary)]

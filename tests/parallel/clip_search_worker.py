@@ -47,7 +47,13 @@ def train_steps(session: Session, count: int) -> list[dict]:
 def search(name: str, overrides: list[str], output: Path, world: int) -> dict:
     """Two validations, the second of which searches; a save and a resume."""
     run = [f"run_dir={output / name}", f"data.path={output / 'data'}", "data.workers=0", f"evaluation.rows={ROWS}"]
-    run += ["diffusion.clip_search.every_validations=2", "optim.lr=0.01"]
+    run += [
+        "diffusion.clip_search.every_validations=2",
+        "diffusion.clip_low=0",
+        "diffusion.clip_high=1",
+        "optim.lr=0.01",
+        "train.threads=1",
+    ]
     config = load_config(ROOT / "configs" / "demo.yaml", [*TINY, *run, *overrides])
     stream, held_out = (open_stream(config.data, config.seed, split) for split in ("train", "validation"))
     check(config, world, stream.vocab_size)
@@ -55,7 +61,7 @@ def search(name: str, overrides: list[str], output: Path, world: int) -> dict:
     session = open_session(config, mesh, stream, agreement_of(mesh))
     tables, intervals = [], []
     for _ in range(2):
-        train_steps(session, 3)
+        train_steps(session, 2)
         table = session.search_clip_interval(validate(session.engine, config, held_out, rows=ROWS, use_ema=True))
         tables.append({f"{low:g}-{high:g}": value for (low, high), value in table.items()})
         intervals.append(session.interval)
