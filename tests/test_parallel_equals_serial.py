@@ -137,7 +137,8 @@ def results(tmp_path_factory):
         launch(world, folder / str(world), {name: overrides for name, (_, overrides) in cases.items()})
         for name in cases:
             record = json.loads((folder / str(world) / f"{name}.json").read_text())
-            record["checkpoint"] = open_checkpoint(find_checkpoint(folder / str(world) / name))
+            if name != "broken_mpu":
+                record["checkpoint"] = open_checkpoint(find_checkpoint(folder / str(world) / name))
             found[name] = record
     return found
 
@@ -185,6 +186,11 @@ def test_losses_fall_and_streams_differ_by_step(results):
     assert results["clipped"]["steps"][-1]["loss"] != results["plain"]["steps"][-1]["loss"]
 
 
+def largest_difference(ours, theirs) -> float:
+    """Largest difference between two checkpoints' weights."""
+    return max((ours.read(name) - theirs.read(name)).abs().max().item() for name in theirs.names())
+
+
 @pytest.mark.parametrize(("name", "twin"), [("broken_mpu", "plain"), ("broken_hook", "plain"), ("broken_tie", "tied")])
 def test_a_layout_with_a_piece_missing_is_noticed(results, name, twin):
     """Forgotten mpu adapter, skipped sequence-parallel hook, unsummed tied gradients: none goes unseen."""
@@ -193,4 +199,5 @@ def test_a_layout_with_a_piece_missing_is_noticed(results, name, twin):
         a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
         for a, b in zip(here["steps"], serial["steps"], strict=True)
     ]
-    assert not all(same)
+    # half a gradient is a step of another direction: Adam shows it in the weights before the loss does
+    assert not all(same) or largest_difference(here["checkpoint"], serial["checkpoint"]) > 2 * WEIGHT_TOLERANCE
