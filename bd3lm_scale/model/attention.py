@@ -23,6 +23,7 @@ from bd3lm_scale.values import CLEAN_VIEW, Visibility
 
 _CHUNK = 128
 _FLEX_TILE = 128
+_MAX_GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ class AttentionPattern:
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # One graph per shape, mode and model chunk; beyond the limit torch would build the whole score matrix instead.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     return torch.compile(flex_attention, dynamic=False)
 
 

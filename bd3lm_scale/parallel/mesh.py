@@ -114,6 +114,7 @@ def init_mesh(parallel: ParallelConfig, device: str = "auto", timeout_seconds: f
     """
     launch = read_launch()
     chosen = choose_device(device, launch.local_rank)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it, and warns on CPUs too
     if chosen.type == "cuda":
         if cpu_shim.is_installed():
             raise ValueError(
@@ -122,7 +123,6 @@ def init_mesh(parallel: ParallelConfig, device: str = "auto", timeout_seconds: f
             )
         torch.cuda.set_device(chosen)
         os.environ["DS_ACCELERATOR"] = "cuda"
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # read when cuBLAS starts; without it torch refuses matrix products under train.deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     else:
