@@ -17,9 +17,12 @@ from bd3lm_scale.model.denoiser import named_parameters
 from bd3lm_scale.parallel.mesh import choose_device, init_mesh, new_host_group, read_launch
 from bd3lm_scale.values import StateSlice
 
-_ONE_PROCESS = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1",
-                "parallel.virtual_pipeline_parallel_size=null", "parallel.sequence_parallel=false",
-                "parallel.recompute=none", "optim.zero_stage=1", "train.compile=false")  # fmt: skip
+ONE_PROCESS = (
+    "parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1",
+    "parallel.virtual_pipeline_parallel_size=null", "parallel.sequence_parallel=false", "parallel.recompute=none",
+    "optim.zero_stage=1", "train.compile=false",
+)  # fmt: skip
+"""What a saved configuration is overridden with, before what the user asks for."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def load_model(
     meta = reader.meta
     if not isinstance(meta.get("config"), dict):
         raise ConfigError([f"{reader.path}: holds no configuration; it was not written by this program"])
-    config = from_dict(meta["config"], [*_ONE_PROCESS, *overrides])
+    config = from_dict(meta["config"], [*ONE_PROCESS, *overrides])
     launch = read_launch()
     check(config, launch.world_size, meta["vocab_size"])
     device = choose_device(config.runtime.device, launch.local_rank)

@@ -24,7 +24,7 @@ VPP2, SP = "parallel.virtual_pipeline_parallel_size=2", "parallel.sequence_paral
 Z2, Z3, BF16 = "optim.zero_stage=2", "optim.zero_stage=3", "precision=bf16"
 TIED, FULL = "model.tie_embeddings=true", "parallel.recompute=full"
 AR, MDLM, SEDD = ([f"diffusion.objective={name}"] for name in ("ar", "mdlm", "sedd"))
-ALL_PARTS = "partition=all"
+ALL_PARTS, DROPOUT = "partition=all", "model.dropout=0.2"
 NAN, SPIKE, ABSENT = "harm=nan", "harm=spike", "harm=absent"
 LR, WEIGHT_TOLERANCE = 0.003, 0.003 * 5 * 1e-2
 
@@ -47,6 +47,8 @@ CASES = {
         "zero2": ("plain", [Z2]),
         "zero3": ("plain", [Z3]),
         "dense_attention": ("plain", ["model.attention=dense"]),
+        "dropout": ("dropout", [DROPOUT]),
+        "dropout_recompute": ("dropout", [DROPOUT, FULL]),
         "absent": ("absent", [ABSENT]),
         "absent_bf16": ("absent_bf16", [ABSENT, BF16]),
     },
@@ -70,6 +72,8 @@ CASES = {
         "dp2_zero3_bf16": ("bf16", [Z3, BF16]),
         "tp2_clipped": ("clipped", [TP2, "optim.grad_clip=0.05"]),
         "pp2_vpp2_tied": ("tied", [PP2, VPP2, TIED]),
+        "pp2_vpp2_dropout_recompute": ("dropout", [PP2, VPP2, DROPOUT, FULL]),
+        "tp2_dropout": ("dropout", [TP2, DROPOUT]),
         "dp2_zero3_partitioned_tied": ("tied", [Z3, ALL_PARTS, TIED]),
         "dp2_zero3_partitioned_bf16_recompute": ("bf16", [Z3, ALL_PARTS, BF16, FULL]),
         "dp2_zero2_bf16": ("bf16", [Z2, BF16]),
