@@ -124,9 +124,9 @@ class TestOtherLayouts:
 
     def test_bf16_differs_within_its_precision(self, trainer, tmp_path):
         bf16 = ["precision=bf16", "diffusion.clip_search.apply=false"]
-        whole = trainer.start(tmp_path / "whole", *bf16, "train.steps=12")
-        trainer.train(tmp_path / "legs", *bf16, "optim.zero_stage=3", "train.steps=6", world=2)
-        trainer.train(tmp_path / "legs", *bf16, TP2, "train.steps=12", world=2)
+        whole = trainer.start(tmp_path / "whole", *bf16, "train.steps=8")
+        trainer.train(tmp_path / "legs", *bf16, "optim.zero_stage=3", "train.steps=4", world=2)
+        trainer.train(tmp_path / "legs", *bf16, TP2, "train.steps=8", world=2)
         assert whole.wait().codes == [0], whole.output
         assert stream_of(tmp_path / "legs") == stream_of(tmp_path / "whole")
         assert_same_losses(tmp_path / "legs", tmp_path / "whole", tolerance=2e-2)
@@ -143,12 +143,12 @@ class TestDropout:
         trainer.train(tmp_path / "killed", *self.SETTINGS, world=2)
         assert attempts_of(tmp_path / "killed") == [(1, 12), (11, 14)]
         assert_same_run(tmp_path / "killed", tmp_path / "whole")
-        assert losses_of(tmp_path / "whole") != losses_of(straight)[:14]
+        assert losses_of(tmp_path / "whole")[-1] != pytest.approx(losses_of(straight)[13], rel=1e-3)
         moved = trainer.train(other, *self.SETTINGS[:2])
         assert "dropout" in moved.output
         here, there = rows_of(other), rows_of(tmp_path / "whole")
         assert [here[s]["stream_hash"] for s in (11, 12)] == [there[s]["stream_hash"] for s in (11, 12)]
-        assert here[11]["loss"] != pytest.approx(there[11]["loss"], rel=1e-5)
+        assert here[12]["loss"] != pytest.approx(there[12]["loss"], rel=1e-5)
 
 
 class TestChoices:

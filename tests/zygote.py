@@ -5,6 +5,7 @@ Each becomes a process of its own (its own session, signals, environment, exit c
 main; LOG.pid and LOG.exit say which and how it ended. At the end of the input its children die with it.
 """
 
+import gc
 import json
 import os
 import select
@@ -70,9 +71,14 @@ def become(request: dict) -> None:
 
 if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401
+    import deepspeed
+    import megatron.core.transformer.moe.experts  # noqa: F401
 
     from bd3lm_scale import train
+    from bd3lm_scale.parallel import cpu_shim
 
+    cpu_shim.install()
+    _ = deepspeed.ops.__compatible_ops__  # found out once, not by every child
+    gc.freeze()  # collections in the children would copy the pages they share
     arguments = serve({})
     sys.exit(train.main(arguments))
