@@ -15,9 +15,6 @@ NOISY_LIBRARIES = (
     "urllib3", "filelock", "fsspec", "webdataset", "wandb", "asyncio", "matplotlib",
 )  # fmt: skip
 
-# Said when Megatron is imported, about libraries that are off here on purpose; so filtered when this is.
-warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|full scope is deprecated).*")
-
 
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module: `log = get_logger(__name__)`."""
