@@ -41,6 +41,7 @@ class Case:
         seed: of weights, data order and noise.
         draws: noise draws per validation row; 1 where the likelihood is exact.
         lr_factor: on the common learning rate.
+        opens_gates: start with adaLN's gates at 1, so that the residual branches work from the first step, as AR's do.
     """
 
     name: str
@@ -49,12 +50,14 @@ class Case:
     seed: int = 1
     draws: int = 4
     lr_factor: float = 1.0
+    opens_gates: bool = False
 
 
 def cases() -> list[Case]:
     """All runs, in the order they are made."""
     ar = Case("ar", "AR", ("diffusion.objective=ar",), draws=1)
     single = Case("block1_full", "L'=1, full masking", ("diffusion.block_size=1", *FULL_MASKING), draws=1)
+    open_gates = replace(single, label="L'=1, full masking, open gates", opens_gates=True)
     mdlm = ("diffusion.objective=mdlm",)
     found = [
         ar,
@@ -72,6 +75,8 @@ def cases() -> list[Case]:
         replace(ar, name="ar_slow", label="AR, half the learning rate", lr_factor=0.5),
         replace(ar, name="ar_fast", label="AR, 2.5 x the learning rate", lr_factor=2.5),
         replace(single, name="block1_full_again", label="L'=1, full masking, second seed", seed=2),
+        replace(open_gates, name="block1_gates"),
+        replace(open_gates, name="block1_gates_again", label=f"{open_gates.label}, second seed", seed=2),
     ]
     return found
 
@@ -161,14 +166,8 @@ def _prepare(args: argparse.Namespace, output: Path) -> Path:
         _call([str(ROOT / "tools" / "train_tokenizer.py"), *texts, *size])
         temporary.rename(tokenizer)
     options = ["--tokenizer", str(tokenizer), "--output", str(data), "--workers", "0", "--shard-tokens", str(1 << 18)]
-    options += [
-        "--document",
-        args.document,
-        "--validation-fraction",
-        str(args.validation_fraction),
-        "--chunk-tokens",
-        str(1 << 14),
-    ]
+    options += ["--document", args.document, "--chunk-tokens", str(1 << 14)]
+    options += ["--validation-fraction", str(args.validation_fraction)]
     _call([str(ROOT / "tools" / "prepare_data.py"), *texts, *options])
     return data
 
@@ -195,7 +194,13 @@ def _run(case: Case, args: argparse.Namespace, data: Path, output: Path) -> None
     }  # fmt: skip
     config = output / f"{case.name}.yaml"
     config.write_text(json.dumps(settings, indent=1))  # YAML reads JSON
-    _call(["-m", "bd3lm_scale.train", str(config), *case.overrides])
+    overrides = list(case.overrides)
+    if case.opens_gates:
+        start = output / f"{case.name}_start"
+        shutil.rmtree(start, ignore_errors=True)
+        _call([str(ROOT / "tools" / "compare_gates.py"), str(config), str(start), *overrides])
+        overrides.append(f"train.init_from={start}")
+    _call(["-m", "bd3lm_scale.train", str(config), *overrides])
     figures.parent.mkdir(exist_ok=True)
     temporary = figures.with_suffix(".unfinished")
     score = ["--rows", str(args.rows), "--variance", "--noise-draws", str(args.noise_draws), "--json", str(temporary)]

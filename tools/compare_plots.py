@@ -28,7 +28,7 @@ def plot_curves(found: dict[str, Outcome], path: Path) -> None:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for index, run in enumerate(found.values()):
-        if run.name.endswith(("_again", "_slow", "_fast")):
+        if run.name.endswith(("_again", "_slow", "_fast", "_gates")):
             continue
         is_clipped = "clipped" in run.name or "full" in run.name
         axes.errorbar(
