@@ -148,8 +148,8 @@ def exact(found: dict[str, Outcome]) -> str:
             "",
             "The same likelihood, factorised the same way, through two networks. AR reads a token and predicts",
             "the next one; L'=1 predicts at a masked position that reads the clean ones, with adaLN, at more cost.",
-            "adaLN's gates start at 0; open gates start at 1, as if AR had gates. Nats per token; differences are taken",
-            "within a seed, which decides the order of the text for both.",
+            "adaLN's gates start at 0; open gates start at 1, as if AR had gates. Nats per token; differences are",
+            "taken within a seed, which decides the order of the text for both.",
             "",
             *lines,
         ]
