@@ -208,9 +208,9 @@ class ZeroOptimizer:
         """Norm weights and row-parallel biases see a shard of the rows under sequence parallelism: add the shards'."""
 
         def summed(grad: Tensor) -> Tensor:
-            grad = grad.clone()
-            dist.all_reduce(grad, group=tensor_group())
-            return grad
+            total = grad.to(torch.float32, copy=True)  # sums are fp32 under bf16 too
+            dist.all_reduce(total, group=tensor_group())
+            return total.to(grad.dtype)
 
         for _, parameter in self.named:
             if getattr(parameter, "sequence_parallel", False):
