@@ -139,7 +139,11 @@ class Session:
 
         Raises:
             FencedError: on every rank, when the run folder is no longer this job's.
+            ConnectionError: on every rank, when saves cannot succeed any more: better to start again now than later.
         """
+        _, (cut_off,) = sum_over_ranks(self.engine, [], [int(self.store.is_cut_off)])
+        if cut_off:
+            raise ConnectionError("ranks lost touch with each other during a save")
         owner = self.agreement.share(self.store.foreign_owner() if self.engine.mesh.reports else None)
         if owner is not None:
             raise FencedError(owner)

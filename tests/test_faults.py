@@ -65,6 +65,13 @@ class TestKills:
         assert_same_run(tmp_path / "killed", tmp_path / "straight")
         assert not list((tmp_path / "killed/checkpoints").glob(".*")), "dead saves are cleared away"
 
+    def test_survivors_of_a_kill_in_a_save_end_by_themselves(self, trainer, tmp_path):
+        """Not one waits in its save for a rank that waits for it in training."""
+        layout = ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2")
+        job = trainer.start(tmp_path, *layout, world=4, faults="kill@save:copied:rank=2").wait()
+        failed = ExitCode.FAILED
+        assert job.codes == [failed, failed, -signal.SIGKILL, failed], job.output
+
     def test_an_error_on_one_rank_ends_the_other(self, trainer, tmp_path):
         job = trainer.start(tmp_path, world=2, faults="error@forward:step=7:rank=1").wait()
         assert job.codes == [ExitCode.FAILED, ExitCode.FAILED], job.output

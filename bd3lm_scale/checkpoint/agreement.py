@@ -23,10 +23,17 @@ class Agreement:
         self.world_size = world_size
         self.group = group
 
+    def leave(self) -> None:
+        """After a lost peer: close the connections, so that nobody waits for this rank. No agreement follows."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
+
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank (JSON types)."""
         if self.world_size == 1:
             return value
+        self._check()
         data = _encode(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([data.numel()])
         dist.broadcast(size, group=self.group, group_src=0)
@@ -39,6 +46,7 @@ class Agreement:
         """Every rank's value on rank 0, in rank order (an empty list elsewhere)."""
         if self.world_size == 1:
             return [value]
+        self._check()
         data = _encode(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([data.numel()]), group=self.group)
@@ -48,6 +56,10 @@ class Agreement:
         received = [torch.empty_like(padded) for _ in range(self.world_size)] if self.rank == 0 else None
         dist.gather(padded, received, group=self.group, group_dst=0)
         return [_decode(d[: int(n)]) for d, n in zip(received or [], sizes, strict=False)]
+
+    def _check(self) -> None:
+        if self.group is None:
+            raise RuntimeError("another rank was lost before")
 
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's value on every rank, in rank order."""

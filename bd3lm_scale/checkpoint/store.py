@@ -102,6 +102,11 @@ class CheckpointStore:
         self._buffer = torch.empty(0)
 
     @property
+    def is_cut_off(self) -> bool:
+        """Whether this rank lost touch with another during a save: none will succeed any more."""
+        return self._agreement.world_size > 1 and self._agreement.group is None
+
+    @property
     def _is_first(self) -> bool:
         return self._agreement.rank == 0
 
@@ -205,6 +210,7 @@ class CheckpointStore:
         # a lost peer or a bug: the run must not stop because it could not save
         except Exception as error:
             log.exception("the save of step %d failed", job.step)
+            self._agreement.leave()
             problem, size = f"{type(error).__name__}: {error}", 0
         seconds = time.perf_counter() - job.started
         self.last_save = SaveReport(job.step, size, job.stall_seconds, seconds, problem)
