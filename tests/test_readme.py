@@ -35,6 +35,7 @@ CHEAP: dict[str, list[str]] = {
     r"python -m bd3lm_scale\.sample ": ["--length", "32", "--num-samples", "1"],
     r"(python )?tools/convert_checkpoint\.py ": [],
     r"(python )?tools/(plan|report)_run\.py ": [],
+    r"(python )?tools/(prepare_data|train_tokenizer)\.py --help": [],
 }
 # commands that are not run: only what they name is checked
 SHOWN = (r"make( |$)", r"sbatch ", r"(git clone|cd|source|export|pip install|tail|less|squeue|ls|touch) ?")
