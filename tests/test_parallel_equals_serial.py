@@ -7,7 +7,6 @@ Adam divides by the root of second moments that may be tiny; after 5 steps losse
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from bd3lm_scale.checkpoint.reader import find_checkpoint, open_checkpoint
+from tests.training_runs import free_port
 
 WORKER = Path(__file__).parent / "parallel" / "worker.py"
 TP2, TP4 = "parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size=4"
@@ -113,12 +113,6 @@ CASES = {
     },
 }  # fmt: skip
 ALL = {name: (world, *case) for world, cases in CASES.items() for name, case in cases.items()}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(world: int, folder: Path, cases: dict[str, list[str]]) -> None:
