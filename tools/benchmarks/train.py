@@ -12,21 +12,24 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
 from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
+from bd3lm_scale.config import RunConfig
 from bd3lm_scale.config_load import load_config
 from bd3lm_scale.diffusion.loss import normaliser, score_rows
-from bd3lm_scale.diffusion.noising import make_process, noise_rows
+from bd3lm_scale.diffusion.noising import Process, make_process, noise_rows
 from bd3lm_scale.engine import build_engine, prepare_batch
 from bd3lm_scale.optim.ema import AdamWithEma
-from bd3lm_scale.parallel.mesh import init_mesh
-from bd3lm_scale.values import HeadRows
+from bd3lm_scale.parallel.mesh import Mesh, init_mesh
+from bd3lm_scale.values import HeadRows, NoisyRows
 
 ROOT = Path(__file__).resolve().parents[2]
 # The shape of the published CPU figures: 6 layers, D 256, H 8, V 8192, L 256, L' 16, batch 8.
@@ -94,41 +97,23 @@ def wrapping(steps: int, overrides: list[str]) -> dict[str, Any]:
 
 
 def plain_rate(steps: int, overrides: list[str]) -> float:
-    """Tokens per CPU-second of forward, backward, clip, AdamW and EMA in a plain loop: no schedule, no DeepSpeed."""
-    from benchmarks.train_step import random_rows
-
+    """Tokens per CPU-second of our layers in a plain loop: no schedule, no DeepSpeed."""
     config = load_config(DEMO, [*SHAPE, *overrides])
-    torch.set_num_threads(1)
-    mesh = init_mesh(config.parallel, "cpu")
-    vocab_size = config.model.vocab_size or 8192
+    mesh, vocab_size = init_mesh(config.parallel, "cpu"), config.model.vocab_size or 8192
     engine = build_engine(config, mesh, vocab_size, vocab_size - 1, for_training=False)
     model = engine.chunks[0]
-    parameters = list(model.parameters())
-    adam, best = AdamWithEma(parameters, lr=config.optim.lr, fused=True), float("inf")
-    for parameter in parameters:
-        adam.prepare(parameter)
-    (rows,), size = random_rows(config, mesh, vocab_size), config.train.global_batch_size
-    for step in range(2 + steps):
-        started = time.process_time()
-        noisy = noise_rows(rows, engine.process, seed=1, step=step, global_batch_size=size, interval=(0.0, 1.0))
+
+    def loss_sum(noisy: NoisyRows) -> Tensor:
         batch = prepare_batch(noisy, None, mesh.device)
         out = model(noisy.input_BP, noisy.sigma_B, None, batch.index_R, batch.target_R)
-        sums = score_rows(HeadRows(out[0], out[1], batch.index_R, batch.is_real_R), noisy, engine.process)
-        (sums.weighted_nll / normaliser(engine.process, size)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        adam.step()
-        adam.zero_grad()
-        if step >= 2:
-            best = min(best, time.process_time() - started)
-    return size * config.data.context_length / best
+        return score_rows(HeadRows(out[0], out[1], batch.index_R, batch.is_real_R), noisy, engine.process).weighted_nll
+
+    return loop_rate(config, mesh, engine.process, model, loss_sum, steps)
 
 
 def module_rate(steps: int, overrides: list[str]) -> float:
     """The same for a plain PyTorch module (the exported class, dense mask) that shares no code with the engine."""
-    from benchmarks.train_step import random_rows
-
     config = load_config(DEMO, [*SHAPE, *overrides])
-    torch.set_num_threads(1)
     mesh, vocab_size = init_mesh(config.parallel, "cpu"), config.model.vocab_size or 8192
     process = make_process(config.diffusion, config.data.context_length, vocab_size, vocab_size - 1)
     model = BD3LM(
@@ -138,19 +123,38 @@ def module_rate(steps: int, overrides: list[str]) -> float:
             n_heads=config.model.num_heads, dropout=0.0, mask_token_id=vocab_size - 1,
         )
     )  # fmt: skip
+
+    def loss_sum(noisy: NoisyRows) -> Tensor:
+        logits = model(noisy.input_BP)
+        logits = logits if isinstance(logits, Tensor) else logits.logits
+        scored = noisy.is_scored_BL
+        nll = torch.nn.functional.cross_entropy(logits[scored], noisy.target_BL[scored], reduction="none")
+        return (nll * noisy.weight_BL[scored]).sum()
+
+    return loop_rate(config, mesh, process, model, loss_sum, steps)
+
+
+def loop_rate(
+    config: RunConfig,
+    mesh: Mesh,
+    process: Process,
+    model: nn.Module,
+    loss_sum: Callable[[NoisyRows], Tensor],
+    steps: int,
+) -> float:
+    """Tokens per CPU-second of noise, forward, backward, clip, AdamW and EMA on one thread."""
+    from benchmarks.train_step import random_rows
+
+    torch.set_num_threads(1)
     parameters = list(model.parameters())
     adam, best = AdamWithEma(parameters, lr=config.optim.lr, fused=True), float("inf")
     for parameter in parameters:
         adam.prepare(parameter)
-    (rows,), size = random_rows(config, mesh, vocab_size), config.train.global_batch_size
+    (rows,), size = random_rows(config, mesh, process.vocab_size), config.train.global_batch_size
     for step in range(2 + steps):
         started = time.process_time()
         noisy = noise_rows(rows, process, seed=1, step=step, global_batch_size=size, interval=(0.0, 1.0))
-        logits = model(noisy.input_BP)
-        logits = logits if isinstance(logits, torch.Tensor) else logits.logits
-        scored = noisy.is_scored_BL
-        nll = torch.nn.functional.cross_entropy(logits[scored], noisy.target_BL[scored], reduction="none")
-        ((nll * noisy.weight_BL[scored]).sum() / normaliser(process, size)).backward()
+        (loss_sum(noisy) / normaliser(process, size)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         adam.zero_grad()
