@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bd3lm_scale.config import RunConfig
+from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.diffusion.loss import score_rows
 from bd3lm_scale.diffusion.noising import Process, make_process
 from bd3lm_scale.diffusion.visibility import training_visibility

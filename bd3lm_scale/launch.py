@@ -1,7 +1,7 @@
 """Start a run's ranks, watch them, and start them again: `python -m bd3lm_scale.launch -- train CONFIG [a.b=c ...]`.
 
-One restart loop for a single machine, for several (launch_machines.py) and for Slurm, where this is the job's batch
-process (slurm/train_owt.sh). Three levels, each limited by launch_policy.Limits:
+One restart loop for a single machine, for several (launcher/machines.py) and for Slurm, where this is the job's batch
+process (slurm/train_owt.sh). Three levels, each limited by launcher.policy.Limits:
 
     ranks died or hang      end the rest, start again from the last checkpoint
     a node is lost          go on with the nodes that answer, as far as the layout allows
@@ -13,15 +13,15 @@ import os
 import sys
 from pathlib import Path
 
-from bd3lm_scale.config import ConfigError
-from bd3lm_scale.config_checks import check
-from bd3lm_scale.config_load import load_config
-from bd3lm_scale.config_summary import summary
-from bd3lm_scale.launch_loop import Launcher, Plan
-from bd3lm_scale.launch_machines import Follower, LeadingRanks
-from bd3lm_scale.launch_policy import Limits, choose_nodes
-from bd3lm_scale.launch_ranks import LocalRanks, Ranks
-from bd3lm_scale.launch_slurm import SlurmRanks
+from bd3lm_scale.config.checks import check
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.summary import summary
+from bd3lm_scale.errors import ConfigError
+from bd3lm_scale.launcher.local import LocalRanks, Ranks
+from bd3lm_scale.launcher.loop import Launcher, Plan
+from bd3lm_scale.launcher.machines import Follower, LeadingRanks
+from bd3lm_scale.launcher.policy import Limits, choose_nodes
+from bd3lm_scale.launcher.slurm import SlurmRanks
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.log import set_up_logging
 from bd3lm_scale.runtime.run_folder import runtime_folder

@@ -12,25 +12,24 @@ from contextlib import ExitStack
 
 import torch
 
-from bd3lm_scale.checkpoint.agreement import Agreement
-from bd3lm_scale.checkpoint.lock import RunInUseError, lock_run
-from bd3lm_scale.checkpoint.state import CheckpointError
-from bd3lm_scale.config import ConfigError, RunConfig
-from bd3lm_scale.config_checks import check
-from bd3lm_scale.config_load import load_config, to_dict
-from bd3lm_scale.config_summary import dry_run, summary
-from bd3lm_scale.data.batches import BadShardError
+from bd3lm_scale.config.checks import check
+from bd3lm_scale.config.load import load_config, to_dict
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.config.summary import dry_run, summary
 from bd3lm_scale.data.stream import RowStream, open_stream
+from bd3lm_scale.errors import BadShardError, CheckpointError, ConfigError, FencedError, PreflightError, RunInUseError
+from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.parallel.mesh import choose_device, init_mesh, new_host_group, read_launch, shutdown
 from bd3lm_scale.runtime.exit_codes import ExitCode
+from bd3lm_scale.runtime.lock import lock_run
 from bd3lm_scale.runtime.log import get_logger, set_up_logging
 from bd3lm_scale.runtime.metrics import MetricsWriter
-from bd3lm_scale.runtime.preflight import PreflightError, run_preflight
+from bd3lm_scale.runtime.preflight import run_preflight
 from bd3lm_scale.runtime.run_folder import write_status
 from bd3lm_scale.runtime.stop import StopRequest
 from bd3lm_scale.runtime.watchdog import Watchdog
-from bd3lm_scale.session import FencedError, Session, open_session, set_threads
-from bd3lm_scale.train_loop import run_loop
+from bd3lm_scale.training.loop import run_loop
+from bd3lm_scale.training.trainer import Session, open_session, set_threads
 
 log = get_logger(__name__)
 
@@ -84,14 +83,14 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
         with ExitStack() as parts:  # closes what was opened, last first, however this ends
             parts.callback(lock.release)
             stop = StopRequest(config.run_dir, config.train.time_limit_minutes).install()
-            stream, held_out = agreement.together(lambda: _open_data(config, mesh.world_size))
+            stream, held_out = agreement.run_on_all_ranks(lambda: _open_data(config, mesh.world_size))
             watchdog = Watchdog(config.run_dir, config.runtime, mesh.rank, mesh.world_size).start()
             parts.callback(watchdog.stop)
             run_preflight(config.run_dir, to_dict(config), mesh.device, agreement.group)
             log.info("\n%s", summary(config, mesh.world_size, stream.vocab_size))
             session = open_session(config, mesh, stream, agreement, lock, fresh, step)
             parts.callback(session.close)
-            metrics = MetricsWriter(config.run_dir, None, config.logging, mesh.reports, to_dict(config))
+            metrics = MetricsWriter(config.run_dir, None, config.logging, mesh.is_main_rank, to_dict(config))
             parts.callback(metrics.close)
             code, reason = run_loop(session, held_out, stop, metrics, watchdog)
     except tuple(ENDINGS) as error:
@@ -99,7 +98,7 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
     except Exception as error:
         code, reason = ExitCode.FAILED, f"{type(error).__name__}: {error}"
         log.exception("this rank failed")
-    if mesh.reports:
+    if mesh.is_main_rank:
         _report(config, code, reason, session, owns_folder and code != ExitCode.FENCED)
     if code != ExitCode.FAILED:  # after a failure the others may not be there to take leave of
         shutdown()

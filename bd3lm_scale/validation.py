@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bd3lm_scale.config import RunConfig
+from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.data.stream import RowStream
 from bd3lm_scale.diffusion.clip_search import TimeMoments

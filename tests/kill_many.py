@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bd3lm_scale.launch_policy import newest_checkpoint_step
+from bd3lm_scale.launcher.policy import newest_checkpoint_step
 from tests.training_runs import Killer, Trainer, assert_same_run, attempts_of, prepare_tiny_data, rows_of
 
 

@@ -100,7 +100,7 @@ class PlainDiT:
     def training_logits(
         self, noisy_BL: Tensor, clean_BL: Tensor, block_size: int, sigma_B: Tensor | None = None
     ) -> Tensor:
-        """One vectorised pass over [noisy ; clean]: logits (B, L, V) of the noisy half."""
+        """One vectorized pass over [noisy ; clean]: logits (B, L, V) of the noisy half."""
         length = clean_BL.shape[1]
         position_P = torch.arange(length).repeat(2)
         mask = block_diffusion_mask(length, block_size)
@@ -111,7 +111,7 @@ class PlainDiT:
     ) -> Tensor:
         """The paper's Algorithm 1: a clean pass stores keys and values, each noisy block then reads the earlier ones.
 
-        The blocks of the noisy pass are run one by one, so that nothing of the vectorised mask is shared.
+        The blocks of the noisy pass are run one by one, so that nothing of the vectorized mask is shared.
         """
         length = clean_BL.shape[1]
         block_L = torch.arange(length) // block_size

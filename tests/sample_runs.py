@@ -6,7 +6,7 @@ import tokenizers
 import torch
 
 from bd3lm_scale.checkpoint.write import write_weights
-from bd3lm_scale.config_load import from_dict, to_dict, to_yaml
+from bd3lm_scale.config.load import from_dict, to_dict, to_yaml
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.engine import build_engine
 from bd3lm_scale.model.denoiser import named_parameters

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bd3lm_scale.config_checks import problems
-from bd3lm_scale.config_load import load_config
-from bd3lm_scale.config_sizes import count
-from bd3lm_scale.config_summary import summary
+from bd3lm_scale.config.checks import problems
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.sizes import count
+from bd3lm_scale.config.summary import summary
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -12,22 +12,13 @@ import pytest
 import torch
 
 from bd3lm_scale.checkpoint.reader import find_checkpoint, open_checkpoint
-from bd3lm_scale.config import DataConfig
-from bd3lm_scale.data.batches import BadShardError
+from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.stream import open_stream
+from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.metrics import read_metrics
 from bd3lm_scale.runtime.run_folder import read_json
-from tests.training_runs import (
-    Killer,
-    assert_same_run,
-    attempts_of,
-    losses_of,
-    rows_of,
-    state_of,
-    stream_of,
-    wait_for,
-)
+from tests.training_runs import Killer, assert_same_run, attempts_of, losses_of, rows_of, state_of, stream_of, wait_for
 
 pytestmark = pytest.mark.faults
 

@@ -16,18 +16,18 @@ from bd3lm_scale.checkpoint.hf.importing import import_hf
 from bd3lm_scale.checkpoint.names import Architecture, table
 from bd3lm_scale.checkpoint.reader import open_checkpoint
 from bd3lm_scale.checkpoint.store import CheckpointStore, write_weights
-from bd3lm_scale.config import CheckpointConfig
-from bd3lm_scale.config_load import from_dict
-from bd3lm_scale.diffusion.loss import normaliser, token_losses
+from bd3lm_scale.config.load import from_dict
+from bd3lm_scale.config.schema import CheckpointConfig
+from bd3lm_scale.diffusion.loss import num_loss_tokens, token_losses
 from bd3lm_scale.diffusion.noising import given_noise
 from bd3lm_scale.engine import build_engine, run_pass
-from bd3lm_scale.loading import load_model
+from bd3lm_scale.inference.loading import load_model
 from bd3lm_scale.model.embedding import rotary_angles
 from bd3lm_scale.model.fast_decoder import FastDecoder, FastWeights
 from bd3lm_scale.model.inference import CachedDecoder
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.step import train_step_on
+from bd3lm_scale.training.step import train_step_on
 from bd3lm_scale.values import HeadRows
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -184,4 +184,4 @@ def test_token_losses_use_the_mask_as_no_candidate(checkpoint):
         torch.tensor([1.0, 7.0]), torch.tensor([3.0, 9.0]), torch.tensor([5, 0]), torch.tensor([True, False])
     )
     assert token_losses(rows, noisy, process).tolist() == pytest.approx([2.0 * 2.0, 0.0])
-    assert normaliser(process, 3) == 3 * LENGTH
+    assert num_loss_tokens(process, 3) == 3 * LENGTH

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bd3lm_scale.checkpoint.store import CheckpointStore
-from bd3lm_scale.config import CheckpointConfig
-from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.schema import CheckpointConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.diffusion.visibility import training_visibility
 from bd3lm_scale.engine import build_engine
@@ -22,7 +22,7 @@ from bd3lm_scale.model.attention import AttentionPattern
 from bd3lm_scale.model.inference import CachedDecoder
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.step import train_step
+from bd3lm_scale.training.step import train_step
 from bd3lm_scale.values import Rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

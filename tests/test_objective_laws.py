@@ -1,4 +1,4 @@
-"""The objectives through the real model: Megatron's layers, the vectorised pass, the pipeline schedule.
+"""The objectives through the real model: Megatron's layers, the vectorized pass, the pipeline schedule.
 
 Compared with tests/plain_dit.py, which is written independently, and with the model's own cached decoding.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.names import Architecture, table, to_ours, to_published
-from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config.load import load_config
 from bd3lm_scale.diffusion.loss import score_rows
 from bd3lm_scale.diffusion.noising import given_noise
 from bd3lm_scale.engine import Engine, build_engine, run_pass
@@ -82,7 +82,7 @@ def assert_equal_to_plain(engine, arch, noisy, model, logits_BLV):
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_the_vectorised_pass_equals_two_passes(block_size):
+def test_the_vectorized_pass_equals_two_passes(block_size):
     """Algorithm 1 of the paper: clean pass, then each noisy block reads the keys and values of earlier ones."""
     weights = random_parameters(VOCAB)
     engine, arch = engine_with(weights, f"diffusion.block_size={block_size}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -17,9 +17,9 @@ import torch
 from bd3lm_scale.checkpoint.reader import find_checkpoint, open_checkpoint
 from bd3lm_scale.data.documents import Options, find_inputs
 from bd3lm_scale.data.prepare import prepare
-from bd3lm_scale.data.tokenising import Preparation
+from bd3lm_scale.data.tokenizing import Preparation
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
-from bd3lm_scale.launch_policy import newest_checkpoint_step
+from bd3lm_scale.launcher.policy import newest_checkpoint_step
 from bd3lm_scale.runtime.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from bd3lm_scale.checkpoint.record import weights_meta
+from bd3lm_scale.checkpoint.metadata import weights_meta
 from bd3lm_scale.checkpoint.write import write_weights
-from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config.load import load_config
 from bd3lm_scale.data.stream import open_stream
 from bd3lm_scale.engine import build_engine
 from bd3lm_scale.model.denoiser import named_parameters

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import compare_report
+from compare import report as compare_report
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]

@@ -30,11 +30,11 @@ from bd3lm_scale.checkpoint.hf.tokenizer_files import copy_tokenizer
 from bd3lm_scale.checkpoint.lightning import import_lightning
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.reshard import CONTENTS, reshard
-from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.checkpoint.verify import verify
 from bd3lm_scale.checkpoint.write import write_weights
-from bd3lm_scale.config_load import from_dict
+from bd3lm_scale.config.load import from_dict
 from bd3lm_scale.data.tokenizer import Tokenizer, load_tokenizer
+from bd3lm_scale.errors import CheckpointError
 from bd3lm_scale.runtime.metrics import read_metrics
 
 MEGABYTE = 1e6
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def to_hf(args: argparse.Namespace) -> int:
     """Export, load back, compare, rename; then publish if asked to."""
     quieten()
-    from bd3lm_scale.loading import find_tokenizer
+    from bd3lm_scale.inference.loading import find_tokenizer
 
     checkpoint = find_checkpoint(args.source, args.step)
     reader = open_checkpoint(checkpoint)

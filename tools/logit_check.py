@@ -14,8 +14,8 @@ from bd3lm_scale.checkpoint.hf.export import config_fields, kind_of, published_t
 from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
 from bd3lm_scale.checkpoint.names import PREFIX, Architecture, rotary_frequencies, table
 from bd3lm_scale.checkpoint.reader import CheckpointReader
-from bd3lm_scale.config import RunConfig
-from bd3lm_scale.loading import load_model
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.inference.loading import load_model
 from bd3lm_scale.model.inference import CachedDecoder, FullDenoiser
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}

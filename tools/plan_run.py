@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from bd3lm_scale.config import ConfigError, RunConfig
-from bd3lm_scale.config_checks import num_micro_batches, problems
-from bd3lm_scale.config_flops import attention_pairs, flops_per_token, forward_flops
-from bd3lm_scale.config_load import load_config
-from bd3lm_scale.config_sizes import memory
-from bd3lm_scale.config_summary import GPT2_VOCAB_SIZE, summary
+from bd3lm_scale.config.checks import num_micro_batches, problems
+from bd3lm_scale.config.flops import attention_pairs, flops_per_token, forward_flops
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.config.sizes import memory
+from bd3lm_scale.config.summary import GPT2_VOCAB_SIZE, summary
+from bd3lm_scale.errors import ConfigError
 
 GIB = 2**30
 SECONDS_PER_DAY = 86_400

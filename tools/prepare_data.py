@@ -22,7 +22,7 @@ from bd3lm_scale.data.estimate import estimate
 from bd3lm_scale.data.packing import SPLITS
 from bd3lm_scale.data.prepare import PROGRESS, prepare
 from bd3lm_scale.data.shards import Manifest, write_file
-from bd3lm_scale.data.tokenising import Preparation, Unit, file_size
+from bd3lm_scale.data.tokenizing import Preparation, Unit, file_size
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
 
 DEMO_VOCAB_SIZE = 4096
@@ -59,13 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="processes that tokenise (default: one per core)",
+        help="processes that tokenize (default: one per core)",
     )
     add("--format", choices=FORMATS, help="what the files are, whatever they are called (default: by name)")
     add("--field", default="text", help="field of the text in JSON objects and columns of tables")
     add("--document", choices=("file", "line", "paragraph"), default="file", help="what a document is in .txt files")
     add("--keep-newlines", action="store_true", help="with --document line: keep each line's newline")
-    add("--detokenizer", choices=sorted(DETOKENIZERS), help="undo an evaluation set's tokenisation")
+    add("--detokenizer", choices=sorted(DETOKENIZERS), help="undo an evaluation set's tokenization")
     add("--validation-input", nargs="+", default=[], metavar="INPUT", help="files that go to validation whole")
     add("--validation-documents", type=int, default=0, metavar="N", help="hold out the last N documents")
     add("--validation-fraction", type=float, metavar="F", help="hold out this share of the documents, chosen by hash")
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-eos", action="store_true", help="put no EOS after documents")
     add("--shard-tokens", type=int, default=1 << 25, help="tokens per shard (default: %(default)s)")
     add("--chunk-tokens", type=int, default=1 << 16, help="tokens per member of a shard (default: %(default)s)")
-    add("--dry-run", action="store_true", help="tokenise a sample and print what the whole would be")
+    add("--dry-run", action="store_true", help="tokenize a sample and print what the whole would be")
     return parser
 
 

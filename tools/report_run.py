@@ -2,7 +2,7 @@
 """One run as one self-contained HTML page and PNGs: loss, likelihood, variance, clip interval, speed, restarts.
 
 report_run.py RUN                       writes RUN/report/index.html and the figures beside it
-report_run.py --paper-tables RUN...     the paper's tables for a set of runs (tools/paper_tables.py)
+report_run.py --paper-tables RUN...     the paper's tables for a set of runs (tools/report/paper_tables.py)
 """
 
 import argparse
@@ -14,14 +14,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bd3lm_scale.config import ConfigError, RunConfig
-from bd3lm_scale.config_load import load_config
-from bd3lm_scale.config_summary import GPT2_VOCAB_SIZE
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.config.summary import GPT2_VOCAB_SIZE
+from bd3lm_scale.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parent))
-import report_figures as figures_of
 from plan_run import GPUS, flops_per_token
-from report_data import RunData, read_run
+from report import plots as figures_of
+from report.data import RunData, read_run
 
 MAX_EVENTS = 20
 
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write the report of a run, or hand over to the paper's tables."""
     arguments = sys.argv[1:] if argv is None else argv
     if "--paper-tables" in arguments:
-        script = Path(__file__).with_name("paper_tables.py")
+        script = Path(__file__).parent / "report" / "paper_tables.py"
         return subprocess.run([sys.executable, script, *(a for a in arguments if a != "--paper-tables")]).returncode
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_scale.checkpoint.reader import find_checkpoint
-from bd3lm_scale.config import ConfigError, RunConfig
-from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.stream import open_stream
+from bd3lm_scale.errors import ConfigError
 from bd3lm_scale.runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

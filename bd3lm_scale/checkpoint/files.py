@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_scale.checkpoint.state import Box
+from bd3lm_scale.checkpoint.boxes import Box
 from bd3lm_scale.runtime import faults
 
 CHUNK_BYTES = 16 * 1024 * 1024

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd3lm_scale.checkpoint.metadata import UNKNOWN_DATA, default_mask_id, shortest, split_mask_override, weights_meta
 from bd3lm_scale.checkpoint.names import PREFIX, Architecture, shape_problems, table, to_ours
-from bd3lm_scale.checkpoint.record import UNKNOWN_DATA, default_mask_id, shortest, split_mask_override, weights_meta
-from bd3lm_scale.config import RunConfig
-from bd3lm_scale.config_load import from_dict, to_dict
+from bd3lm_scale.config.load import from_dict, to_dict
+from bd3lm_scale.config.schema import RunConfig
 
 BUFFERS = ("sampling_eps_min", "sampling_eps_max", f"{PREFIX}rotary_emb.inv_freq")
 WIDTH_OF = f"{PREFIX}vocab_embed.embedding"

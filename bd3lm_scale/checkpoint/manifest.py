@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bd3lm_scale.checkpoint.boxes import KINDS, Box, BoxIndex
 from bd3lm_scale.checkpoint.files import DATA_FILE, ITEM_BYTES, DataFile, StoredBox
-from bd3lm_scale.checkpoint.state import KINDS, Box, BoxIndex, CheckpointError
+from bd3lm_scale.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = "bd3lm_scale checkpoint"

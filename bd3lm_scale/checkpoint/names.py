@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bd3lm_scale.config import RunConfig
-from bd3lm_scale.config_checks import padded_vocab_size
+from bd3lm_scale.config.checks import padded_vocab_size
+from bd3lm_scale.config.schema import RunConfig
 
 TIME_FEATURES = 256
 PREFIX = "backbone."

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bd3lm_scale.checkpoint.boxes import Box, BoxIndex, boxes_of
 from bd3lm_scale.checkpoint.files import ITEM_BYTES, StoredBox, file_problem
 from bd3lm_scale.checkpoint.folders import list_steps
 from bd3lm_scale.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from bd3lm_scale.checkpoint.state import Box, BoxIndex, CheckpointError, boxes_of
+from bd3lm_scale.errors import CheckpointError
 from bd3lm_scale.values import StateSlice
 
 MAX_OPEN_FILES = 64

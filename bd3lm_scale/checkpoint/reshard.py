@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bd3lm_scale.checkpoint.boxes import boxes_of
 from bd3lm_scale.checkpoint.files import ITEM_BYTES, DataFile, StoredBox, write_data_file
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
-from bd3lm_scale.checkpoint.state import CheckpointError, boxes_of
 from bd3lm_scale.checkpoint.write import write_folder
+from bd3lm_scale.errors import CheckpointError
 from bd3lm_scale.values import StateSlice
 
 CONTENTS = ("all", "weights", "ema")

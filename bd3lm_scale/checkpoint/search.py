@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from bd3lm_scale.checkpoint.agreement import Agreement
 from bd3lm_scale.checkpoint.folders import DAMAGED, free_name, list_steps, settle_replacements
 from bd3lm_scale.checkpoint.manifest import UnknownVersionError, read_manifest
 from bd3lm_scale.checkpoint.reader import CheckpointReader, open_checkpoint
-from bd3lm_scale.checkpoint.state import CheckpointError
+from bd3lm_scale.errors import CheckpointError
+from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.runtime.log import get_logger
 
 log = get_logger(__name__)

@@ -25,17 +25,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bd3lm_scale.checkpoint.agreement import Agreement
+from bd3lm_scale.checkpoint.boxes import KINDS, Box, boxes_of
 from bd3lm_scale.checkpoint.files import DataFile, StoredBox, sync_folder, write_data_file, write_durably
 from bd3lm_scale.checkpoint.folders import DELETING, WRITING, prune, put_in_place, settle_replacements, step_folder
-from bd3lm_scale.checkpoint.lock import RunLock
 from bd3lm_scale.checkpoint.manifest import MANIFEST, write_text
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.search import newest_valid
-from bd3lm_scale.checkpoint.state import KINDS, Box, boxes_of
 from bd3lm_scale.checkpoint.write import write_weights
-from bd3lm_scale.config import CheckpointConfig
+from bd3lm_scale.config.schema import CheckpointConfig
+from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.runtime import faults
+from bd3lm_scale.runtime.lock import RunLock
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.runtime.run_folder import is_fenced
 from bd3lm_scale.values import StateSlice

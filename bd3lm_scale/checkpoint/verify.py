@@ -11,10 +11,10 @@ import numpy as np
 from bd3lm_scale.checkpoint.folders import list_steps
 from bd3lm_scale.checkpoint.manifest import MANIFEST, read_manifest
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint
-from bd3lm_scale.checkpoint.state import CheckpointError
-from bd3lm_scale.config_checks import padded_vocab_size
-from bd3lm_scale.config_load import from_dict
-from bd3lm_scale.config_sizes import parameters
+from bd3lm_scale.config.checks import padded_vocab_size
+from bd3lm_scale.config.load import from_dict
+from bd3lm_scale.config.sizes import parameters
+from bd3lm_scale.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd3lm_scale.checkpoint.boxes import Box
 from bd3lm_scale.checkpoint.files import DataFile, StoredBox, sync_folder, write_data_file, write_durably
 from bd3lm_scale.checkpoint.folders import WRITING
 from bd3lm_scale.checkpoint.manifest import MANIFEST, write_text
-from bd3lm_scale.checkpoint.state import Box, CheckpointError
+from bd3lm_scale.errors import CheckpointError
 
 WEIGHT_FILE_BYTES = 2 * 1024**3
 

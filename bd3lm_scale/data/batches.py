@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bd3lm_scale.data.shards import BadShardError
 from bd3lm_scale.data.stream import RowStream
 from bd3lm_scale.data.worker_pool import WorkerPool
+from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.values import Cursor, Rows
 
 __all__ = ["BadShardError", "BatchPlan", "BatchReader"]

@@ -1,4 +1,4 @@
-"""Detokenisers of the evaluation sets: undo the spaces their publishers put around punctuation.
+"""Detokenizers of the evaluation sets: undo the spaces their publishers put around punctuation.
 
 Each is a list of (pattern, replacement) that is applied in order; they give the text the literature evaluates on.
 """
@@ -75,4 +75,4 @@ DETOKENIZERS: dict[str, Callable[[str], str]] = {
     "lambada": lambda text: "\n" + text,
     "scientific_papers": _applying(_WIKITEXT, _LM1B),
 }
-"""Name of the evaluation set to what undoes its tokenisation."""
+"""Name of the evaluation set to what undoes its tokenization."""

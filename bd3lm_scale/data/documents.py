@@ -1,6 +1,6 @@
-"""Documents out of files: what a corpus looks like before tokenisation.
+"""Documents out of files: what a corpus looks like before tokenization.
 
-    paths -> input files -> records (raw, cheap to cut) -> texts (decoded where the tokenisation runs)
+    paths -> input files -> records (raw, cheap to cut) -> texts (decoded where the tokenization runs)
 
     .txt  .jsonl  (.gz .zst)      .parquet      folders of datasets.save_to_disk      webdataset tars (.txt .json)
 

@@ -5,8 +5,8 @@ import time
 from dataclasses import dataclass
 
 from bd3lm_scale.data.shards import token_dtype
-from bd3lm_scale.data.tokenising import Preparation, cut_units, file_size, tokenise
 from bd3lm_scale.data.tokenizer import load_tokenizer
+from bd3lm_scale.data.tokenizing import Preparation, cut_units, file_size, tokenize
 
 _SAMPLED_FILES = 16
 _UNITS_PER_FILE = 2
@@ -28,7 +28,7 @@ class Estimate:
 
 
 def estimate(task: Preparation, tokenizer_path: str, workers: int) -> Estimate:
-    """Tokenise the beginnings of some files and scale up by file size (ValueError when they hold no text)."""
+    """Tokenize the beginnings of some files and scale up by file size (ValueError when they hold no text)."""
     tokenizer = load_tokenizer(tokenizer_path)
     sizes = [file_size(path) or 0 for path in task.files]
     step = -(-len(sizes) // _SAMPLED_FILES)
@@ -39,7 +39,7 @@ def estimate(task: Preparation, tokenizer_path: str, workers: int) -> Estimate:
         last_read = 0
         for unit in itertools.islice(cut_units(first), _UNITS_PER_FILE):
             started_at = time.perf_counter()
-            result = tokenise(unit, task, tokenizer)
+            result = tokenize(unit, task, tokenizer)
             seconds += time.perf_counter() - started_at
             documents += int(result.starts.sum())
             text_bytes += int(result.text_bytes.sum())

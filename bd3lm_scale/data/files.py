@@ -6,7 +6,7 @@ import queue
 import threading
 from pathlib import Path
 
-from bd3lm_scale.config import DataConfig
+from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.cache import CacheFullError, FileCache, default_folder
 from bd3lm_scale.data.shards import Shard
 from bd3lm_scale.data.storage import DamagedError, is_remote, join, transfer

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bd3lm_scale.draws import derive_key, mix64, permute
+from bd3lm_scale.rng import derive_key, mix64, permute
 
 MIXTURE_PERIOD = 1 << 16
 _MASK64 = (1 << 64) - 1

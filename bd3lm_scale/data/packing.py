@@ -1,4 +1,4 @@
-"""Tokenised documents to the shards of two splits: who goes where, and where one shard ends."""
+"""Tokenized documents to the shards of two splits: who goes where, and where one shard ends."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_scale.data.shards import Shard, write_shard
-from bd3lm_scale.data.tokenising import Preparation, Tokens, Unit
+from bd3lm_scale.data.tokenizing import Preparation, Tokens, Unit
 
 SPLITS = ("train", "validation")
 

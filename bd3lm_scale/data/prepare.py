@@ -1,4 +1,4 @@
-"""Corpus to shards: read records, tokenise them on many processes, split, pack, write; resumable at each shard.
+"""Corpus to shards: read records, tokenize them on many processes, split, pack, write; resumable at each shard.
 
     inputs -> records -> units -> worker processes -> tokens -> train and validation shards -> manifests
 
@@ -27,8 +27,8 @@ from bd3lm_scale.data.shards import (
     token_dtype,
     write_file,
 )
-from bd3lm_scale.data.tokenising import Preparation, Unit, tokenised_units
 from bd3lm_scale.data.tokenizer import Tokenizer, identity_of, load_tokenizer
+from bd3lm_scale.data.tokenizing import Preparation, Unit, tokenized_units
 
 PROGRESS = "progress.jsonl"
 
@@ -46,7 +46,7 @@ def prepare(
         task: what to do.
         tokenizer_path: for `load_tokenizer`.
         output: the folder; ValueError if it holds a different preparation.
-        workers: processes that tokenise; 0 does it in this one.
+        workers: processes that tokenize; 0 does it in this one.
         report: called with each finished unit and the number of tokens so far.
 
     Returns:
@@ -67,7 +67,7 @@ def prepare(
     dtype = token_dtype(tokenizer.vocab_size)
     packers = [Packer(s, output / s, dtype, task, log.shards[s], log.pending(s, dtype)) for s in SPLITS]
     head = log.head
-    for unit, tokens in tokenised_units(task, tokenizer_path, (head.file, head.record), workers):
+    for unit, tokens in tokenized_units(task, tokenizer_path, (head.file, head.record), workers):
         runs, head = splitter.split(unit, tokens, head)
         for packer, run in zip(packers, runs, strict=True):
             packer.add(run)

@@ -8,8 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from bd3lm_scale.data.shards import BadShardError, Manifest, Shard
+from bd3lm_scale.data.shards import Manifest, Shard
 from bd3lm_scale.data.storage import DamagedError, retrying
+from bd3lm_scale.errors import BadShardError
 
 _OPEN_SHARDS = 64
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bd3lm_scale.config import DataConfig
+from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.files import open_files
 from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota
 from bd3lm_scale.data.reader import ShardReader

@@ -25,17 +25,6 @@ MANIFEST = "manifest.json"
 _TAR_BLOCK = 512
 
 
-class BadShardError(RuntimeError):
-    """A shard that stays unreadable after all retries; `shard` is the name to exclude."""
-
-    def __init__(self, shard: str, reason: str):
-        super().__init__(
-            f"shard {shard}: {reason}; restore it from its source, or set data.on_bad_shard=skip to go on without it"
-        )
-        self.shard = shard
-        self.reason = reason
-
-
 @dataclass(frozen=True)
 class TokenizerIdentity:
     """What the shards know about the tokenizer that made them."""

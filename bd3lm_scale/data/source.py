@@ -1,10 +1,10 @@
-"""What rows come from: prepared shards, or text tokenised on the fly. Loads no torch."""
+"""What rows come from: prepared shards, or text tokenized on the fly. Loads no torch."""
 
 from typing import Protocol
 
 import numpy as np
 
-from bd3lm_scale.config import DataConfig
+from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.shard_source import ShardSource
 from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.text_source import TextSource

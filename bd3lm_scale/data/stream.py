@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3lm_scale.config import DataConfig
+from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.files import open_cache
 from bd3lm_scale.data.shard_source import inside, paths_of, read_manifest, row_payload
 from bd3lm_scale.data.shards import TokenizerIdentity
@@ -76,7 +76,7 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
 
 
 def bytes_per_token(config: DataConfig, split: str) -> float | None:
-    """UTF-8 bytes of text per token of a row, over a whole split; None for text tokenised on the fly."""
+    """UTF-8 bytes of text per token of a row, over a whole split; None for text tokenized on the fly."""
     if config.stream_text:
         return None
     manifests = [read_manifest(config, path, split) for path in paths_of(config)]

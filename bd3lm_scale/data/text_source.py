@@ -1,4 +1,4 @@
-"""Third-party webdataset tars of text, tokenised on the fly: for quick trials, not exactly resumable.
+"""Third-party webdataset tars of text, tokenized on the fly: for quick trials, not exactly resumable.
 
 The stream begins at a shard that depends on the seed and the sample index it starts from; every reader that starts
 there gives the same rows, so ranks agree, but a resumed run reads other text than an uninterrupted one.
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bd3lm_scale.config import DataConfig
+from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.documents import BY_NAME, find_inputs, read_records, record_text
 from bd3lm_scale.data.shard_source import row_payload, wrap_rows
 from bd3lm_scale.data.shards import token_dtype
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
-from bd3lm_scale.draws import derive_key, permute
+from bd3lm_scale.rng import derive_key, permute
 
 ENDLESS_ROWS = 1 << 40
 _VALIDATION_SHARE = 0.02

@@ -109,7 +109,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             with GPT-2's vocab.json and merges.txt.
     """
     path = Path(path)
-    # one process per core tokenises; threads inside would only fight over the cores
+    # one process per core tokenizes; threads inside would only fight over the cores
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if path.is_file():
         if path.suffix == ".model":

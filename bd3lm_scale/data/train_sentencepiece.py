@@ -21,7 +21,7 @@ def train_sentencepiece(
 ) -> Path:
     """Train a model on the first `max_bytes` of `texts` and write OUTPUT/tokenizer.model.
 
-    Text is taken as it is: no normalisation, every space and newline kept, unknown characters spelled in bytes.
+    Text is taken as it is: no normalization, every space and newline kept, unknown characters spelled in bytes.
     Pad, unknown, BOS, EOS and mask are ids 0 to 4, the newline is 5. The same texts and options give the same
     file. ValueError when the texts are too few for `vocab_size`.
     """

@@ -19,9 +19,9 @@ import threading
 
 import numpy as np
 
-from bd3lm_scale.config import DataConfig, MixtureSource
-from bd3lm_scale.data.shards import BadShardError
+from bd3lm_scale.config.schema import DataConfig, MixtureSource
 from bd3lm_scale.data.source import Source, open_source
+from bd3lm_scale.errors import BadShardError
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _PARENT_POLL_SECONDS = 1.0

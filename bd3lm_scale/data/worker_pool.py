@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3lm_scale.data.shards import BadShardError
 from bd3lm_scale.data.source import Source
 from bd3lm_scale.data.worker import IGNORED_SIGNALS
+from bd3lm_scale.errors import BadShardError
 
 _MAX_RESTARTS = 5
 _CLOSE_SECONDS = 2.0

@@ -51,7 +51,7 @@ def tokens_per_block(process: Process) -> int:
     return process.context_length - 1 if process.objective == "ar" else process.block_size
 
 
-def normaliser(process: Process, global_batch_size: int) -> int:
+def num_loss_tokens(process: Process, global_batch_size: int) -> int:
     """Real tokens of the global batch, the denominator of the training loss.
 
     Counts every token of a row, the first one included even when ignore_bos keeps it clean; AR has L - 1 targets.

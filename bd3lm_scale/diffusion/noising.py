@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3lm_scale.config import DiffusionConfig
+from bd3lm_scale.config.schema import DiffusionConfig
 from bd3lm_scale.diffusion.schedule import Schedule, get_schedule
 from bd3lm_scale.diffusion.times import draw_times, evaluation_times
-from bd3lm_scale.draws import derive_key, mix64, random_words
+from bd3lm_scale.rng import derive_key, mix64, random_words
 from bd3lm_scale.values import NoisyRows, Rows
 
 _MAX_REDRAWS = 10_000

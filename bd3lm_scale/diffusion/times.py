@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3lm_scale.draws import derive_key, permute, uniforms
+from bd3lm_scale.rng import derive_key, permute, uniforms
 
 
 def draw_times(

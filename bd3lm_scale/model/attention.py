@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bd3lm_scale.config_checks import MIN_FLEX_WIDTH
+from bd3lm_scale.config.checks import MIN_FLEX_WIDTH
 from bd3lm_scale.values import CLEAN_VIEW, Visibility
 
 _CHUNK = 128

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bd3lm_scale.model.attention import AttentionPattern
 from bd3lm_scale.model.embedding import TimeEmbedding, rotary_angles
 from bd3lm_scale.model.head import Head
-from bd3lm_scale.model.initialise import initialise
+from bd3lm_scale.model.initialize import initialize
 from bd3lm_scale.model.layer import dit_layer_spec
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 from bd3lm_scale.parallel import pipeline
@@ -178,13 +178,13 @@ class ChunkList(nn.Module):
 
 
 def build_chunks(config: DenoiserConfig, mesh: Mesh, visibility: Visibility, seed: int) -> list[Denoiser]:
-    """This rank's part of the model, initialised from (seed, global parameter name): equal under every layout."""
+    """This rank's part of the model, initialized from (seed, global parameter name): equal under every layout."""
     virtual = config.virtual_pipeline_model_parallel_size
     chunks = []
     for virtual_stage in range(virtual) if virtual else [None]:
         has_embedding, has_head = pipeline.stage_ends(virtual_stage)
         chunk = Denoiser(config, has_embedding, has_head, mesh.pipeline_rank, virtual_stage)
-        initialise(named_parameters([chunk]), config, mesh.tensor_rank, mesh.tensor_size, seed)
+        initialize(named_parameters([chunk]), config, mesh.tensor_rank, mesh.tensor_size, seed)
         chunk.set_visibility(visibility)
         chunks.append(chunk.to(mesh.device))
     return chunks

@@ -15,7 +15,7 @@ from bd3lm_scale.model.layer import WeightOnlyLayerNorm, modulate
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 
 
-class _TargetAndNormaliser(torch.autograd.Function):
+class _TargetAndNormalizer(torch.autograd.Function):
     """Vocabulary-parallel (target logit, log-sum-exp) from this rank's logits, both differentiable.
 
     The softmax overwrites the logits, so the forward keeps one (R, V) buffer.
@@ -42,8 +42,8 @@ class _TargetAndNormaliser(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         softmax, local, is_here = ctx.saved_tensors
-        grad_target, grad_normaliser = grads[0][0], grads[0][1]
-        grad = softmax * grad_normaliser[:, None]
+        grad_target, grad_normalizer = grads[0][0], grads[0][1]
+        grad = softmax * grad_normalizer[:, None]
         grad.scatter_add_(1, local[:, None], torch.where(is_here, grad_target, 0.0)[:, None])
         return grad, None, None, None
 
@@ -91,7 +91,7 @@ class Head(nn.Module):
     ) -> Tensor:
         """(2, R): the target's logit and the log-sum-exp over real ids, fp32, equal on all tensor peers."""
         logits = self.logits(hidden_RD, conditioning_RC, tied_weight)
-        return _TargetAndNormaliser.apply(logits, target_R, self.first_id, self.group)
+        return _TargetAndNormalizer.apply(logits, target_R, self.first_id, self.group)
 
     def full_logits(self, hidden_RD: Tensor, conditioning_RC: Tensor | None, tied_weight: Tensor | None) -> Tensor:
         """(R, vocab_size) fp32 logits, gathered over tensor peers (inference)."""

@@ -20,9 +20,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from bd3lm_scale.draws import derive_key
 from bd3lm_scale.model.attention import BlockAttention
 from bd3lm_scale.model.transformer_config import DenoiserConfig
+from bd3lm_scale.rng import derive_key
 
 
 class ColumnParallelNoBias(tensor_parallel.ColumnParallelLinear):
@@ -50,7 +50,7 @@ class WeightOnlyLayerNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise over the last dimension."""
+        """Normalize over the last dimension."""
         return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), None, self.eps)
 
 

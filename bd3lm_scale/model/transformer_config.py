@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bd3lm_scale.config import RunConfig
+from bd3lm_scale.config.schema import RunConfig
 
 VOCAB_MULTIPLE = 128
 

@@ -2,7 +2,7 @@
 
 import math
 
-from bd3lm_scale.config import OptimConfig
+from bd3lm_scale.config.schema import OptimConfig
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bd3lm_scale.config import OptimConfig
+from bd3lm_scale.config.schema import OptimConfig
 from bd3lm_scale.optim.ema import STATE_KEYS, AdamWithEma, ema_decay_at
 from bd3lm_scale.parallel.mesh import Mesh
 from bd3lm_scale.parallel.mpu import ModelParallelUnit
@@ -26,7 +26,7 @@ class ZeroOptimizer:
 
     Args:
         module: what the engine wraps; its forward takes (chunk number, *inputs).
-        parameters: (global name, parameter) pairs, marked by model.initialise.
+        parameters: (global name, parameter) pairs, marked by model.initialize.
         config: hyper-parameters and ZeRO stage.
         precision: fp32 | bf16.
         micro_batch_size: rows per rank and micro-step (DeepSpeed's bookkeeping only).

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from bd3lm_scale.config import ParallelConfig
+from bd3lm_scale.config.schema import ParallelConfig
 from bd3lm_scale.parallel import cpu_shim
 
 
@@ -43,7 +43,7 @@ class Mesh:
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
-    def reports(self) -> bool:
+    def is_main_rank(self) -> bool:
         """The one rank that writes metrics and talks to the user."""
         return self.rank == 0
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from bd3lm_scale.config import RuntimeConfig
+from bd3lm_scale.config.schema import RuntimeConfig
 
 OK, SKIP, ROLLBACK, STOP = "ok", "skip", "rollback", "stop"
 WINDOW_STEPS = 100

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bd3lm_scale.config import LoggingConfig
+from bd3lm_scale.config.schema import LoggingConfig
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.runtime.run_folder import current_attempt
 

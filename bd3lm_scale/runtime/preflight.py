@@ -19,6 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from bd3lm_scale.errors import PreflightError
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.runtime.run_folder import current_attempt, node_name, runtime_folder, write_json
 
@@ -62,10 +63,6 @@ class Problem:
     node: str
     text: str
     is_fatal: bool
-
-
-class PreflightError(RuntimeError):
-    """A node is unfit. The process should end with ExitCode.PREFLIGHT."""
 
 
 def run_preflight(
@@ -203,10 +200,10 @@ def matmul_milliseconds(device: torch.device, size: int | None = None, repeats: 
     a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     best = float("inf")
     for _ in range(repeats + 1):  # the first one also warms up
-        synchronise(device)
+        synchronize(device)
         started = time.perf_counter()
         torch.mm(a, a)
-        synchronise(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best * 1e3
 
@@ -221,12 +218,12 @@ def all_reduce_gb_per_second(device: torch.device, group: dist.ProcessGroup | No
         dist.barrier(target)
         started = time.perf_counter()
         dist.all_reduce(buffer, group=target)
-        synchronise(buffer.device)
+        synchronize(buffer.device)
         best = min(best, time.perf_counter() - started)
     return round(2 * (ranks - 1) / ranks * buffer.numel() * buffer.element_size() / best / 1e9, 3)
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for the device's queue; nothing to do on CPUs."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from bd3lm_scale.config import RuntimeConfig
+from bd3lm_scale.config.schema import RuntimeConfig
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.runtime.run_folder import node_name
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bd3lm_scale.config import RuntimeConfig
+from bd3lm_scale.config.schema import RuntimeConfig
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.runtime.run_folder import current_attempt, node_name, read_json, runtime_folder, write_json

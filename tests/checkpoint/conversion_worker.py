@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 
 from bd3lm_scale.checkpoint.reader import open_checkpoint
 from bd3lm_scale.checkpoint.store import CheckpointStore
-from bd3lm_scale.config_checks import check
-from bd3lm_scale.config_load import from_dict, to_dict
+from bd3lm_scale.config.checks import check
+from bd3lm_scale.config.load import from_dict, to_dict
 from bd3lm_scale.engine import build_engine
 from bd3lm_scale.parallel.mesh import init_mesh, new_host_group, shutdown
 

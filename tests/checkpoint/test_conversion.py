@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from bd3lm_scale.checkpoint.hf.export import export_hf, parse_size
 from bd3lm_scale.checkpoint.hf.importing import import_hf
 from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
+from bd3lm_scale.checkpoint.metadata import weights_meta
 from bd3lm_scale.checkpoint.names import Architecture, num_parameters, shape_problems, table, to_ours, to_published
 from bd3lm_scale.checkpoint.reader import open_checkpoint
-from bd3lm_scale.checkpoint.record import weights_meta
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.checkpoint.write import write_weights
-from bd3lm_scale.config import CheckpointConfig, DataConfig, DiffusionConfig, ModelConfig, RunConfig
-from bd3lm_scale.config_load import from_dict
-from bd3lm_scale.config_sizes import parameters
+from bd3lm_scale.config.load import from_dict
+from bd3lm_scale.config.schema import CheckpointConfig, DataConfig, DiffusionConfig, ModelConfig, RunConfig
+from bd3lm_scale.config.sizes import parameters
 from bd3lm_scale.diffusion.loss import token_losses
 from bd3lm_scale.diffusion.noising import given_noise, make_process
 from bd3lm_scale.values import HeadRows

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from bd3lm_scale.checkpoint.hf.export import export_hf
+from bd3lm_scale.checkpoint.metadata import weights_meta
 from bd3lm_scale.checkpoint.reader import find_checkpoint, open_checkpoint
-from bd3lm_scale.checkpoint.record import weights_meta
 from bd3lm_scale.checkpoint.store import CheckpointStore
-from bd3lm_scale.config import CheckpointConfig
-from bd3lm_scale.config_sizes import parameters
+from bd3lm_scale.config.schema import CheckpointConfig
+from bd3lm_scale.config.sizes import parameters
 from tests.checkpoint.layouts import cut, whole_state
 from tests.checkpoint.test_conversion import VOCAB, configuration, folder_bytes
 

@@ -12,10 +12,10 @@ import torch
 from bd3lm_scale.checkpoint import manifest as manifest_module
 from bd3lm_scale.checkpoint.reader import find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.reshard import reshard
-from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.checkpoint.verify import verify
-from bd3lm_scale.config import CheckpointConfig
+from bd3lm_scale.config.schema import CheckpointConfig
+from bd3lm_scale.errors import CheckpointError
 from tests.checkpoint.layouts import cut, whole_state
 
 SHAPES = {"embedding.weight": (12, 8), "norm.weight": (8,), "fc2.weight": (8, 32)}

@@ -7,7 +7,7 @@ import torch
 from bd3lm_scale.checkpoint.reshard import reshard
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.checkpoint.verify import verify
-from bd3lm_scale.config import CheckpointConfig
+from bd3lm_scale.config.schema import CheckpointConfig
 from tests.checkpoint.layouts import FULL, cut
 
 SHAPES = {f"layers.{i}.weight": (2048, 1024) for i in range(6)}

@@ -15,7 +15,7 @@ from bd3lm_scale.checkpoint import store as store_module
 from bd3lm_scale.checkpoint.folders import list_steps
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.checkpoint.verify import verify
-from bd3lm_scale.config import CheckpointConfig
+from bd3lm_scale.config.schema import CheckpointConfig
 from tests.checkpoint.layouts import cut, whole_state
 
 SHAPES = {"w": (64, 64), "norm": (64,), "v": (300, 64)}

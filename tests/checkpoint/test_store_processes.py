@@ -14,9 +14,9 @@ import torch.multiprocessing as mp
 
 from bd3lm_scale.checkpoint import search
 from bd3lm_scale.checkpoint.reader import find_checkpoint
-from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.checkpoint.store import CheckpointStore
-from bd3lm_scale.config import CheckpointConfig
+from bd3lm_scale.config.schema import CheckpointConfig
+from bd3lm_scale.errors import CheckpointError
 from tests.checkpoint.layouts import cut, whole_state
 
 WORLD = 4

@@ -8,12 +8,12 @@ import torch
 from bd3lm_scale.checkpoint import reshard as reshard_module
 from bd3lm_scale.checkpoint.reader import open_checkpoint
 from bd3lm_scale.checkpoint.reshard import reshard
-from bd3lm_scale.checkpoint.state import CheckpointError
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.checkpoint.verify import verify
-from bd3lm_scale.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig
-from bd3lm_scale.config_load import to_dict
-from bd3lm_scale.config_sizes import parameters
+from bd3lm_scale.config.load import to_dict
+from bd3lm_scale.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig
+from bd3lm_scale.config.sizes import parameters
+from bd3lm_scale.errors import CheckpointError
 from tests.checkpoint.layouts import cut, whole_state
 
 CONFIG = RunConfig(

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from bd3lm_scale.config import ConfigError
-from bd3lm_scale.config_checks import check, num_micro_batches, padded_vocab_size, problems
-from bd3lm_scale.config_load import from_dict, to_dict
-from bd3lm_scale.config_ranges import CHOICES, INTERVALS, is_inside, value_of
-from bd3lm_scale.config_resume import resume_differences
+from bd3lm_scale.config.checks import check, num_micro_batches, padded_vocab_size, problems
+from bd3lm_scale.config.load import from_dict, to_dict
+from bd3lm_scale.config.ranges import CHOICES, INTERVALS, is_inside, value_of
+from bd3lm_scale.config.resume import resume_differences
+from bd3lm_scale.errors import ConfigError
 
 
 def make(checked: bool = True, **dotted):

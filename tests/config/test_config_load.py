@@ -7,9 +7,10 @@ import typing
 
 import pytest
 
-from bd3lm_scale.config import ConfigError, RunConfig
-from bd3lm_scale.config_load import field_names, from_dict, load_config, to_dict, to_yaml
-from bd3lm_scale.config_ranges import CHOICES, INTERVALS, value_of
+from bd3lm_scale.config.load import field_names, from_dict, load_config, to_dict, to_yaml
+from bd3lm_scale.config.ranges import CHOICES, INTERVALS, value_of
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.errors import ConfigError
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bd3lm_scale.config import ConfigError
-from bd3lm_scale.config_load import from_dict
-from bd3lm_scale.config_sizes import count, count_on_rank, memory, parameters, stage_layers
-from bd3lm_scale.config_summary import dry_run, summary
+from bd3lm_scale.config.load import from_dict
+from bd3lm_scale.config.sizes import count, count_on_rank, memory, parameters, stage_layers
+from bd3lm_scale.config.summary import dry_run, summary
+from bd3lm_scale.errors import ConfigError
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -130,8 +130,8 @@ def test_dry_run_checks_first_and_assumes_the_smallest_world():
 
 MODEL_AGREES = """
 from dataclasses import replace
-from bd3lm_scale.config_load import load_config
-from bd3lm_scale.config_sizes import parameters
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.sizes import parameters
 from bd3lm_scale.engine import build_engine
 from bd3lm_scale.model.denoiser import named_parameters
 from bd3lm_scale.parallel.mesh import init_mesh

@@ -12,9 +12,10 @@ import psutil
 import pytest
 import torch
 
-from bd3lm_scale.config import DataConfig
-from bd3lm_scale.data.batches import BadShardError, BatchPlan, BatchReader
+from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import open_stream
+from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.values import Cursor
 from tests.data.sets import rows_of, write_set
 

@@ -19,13 +19,13 @@ import pytest
 import webdataset
 import zstandard
 
-from bd3lm_scale.config import DataConfig
-from bd3lm_scale.data import tokenising
+from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data import tokenizing as tokenizing
 from bd3lm_scale.data.documents import Options, count_documents, find_inputs, read_records, record_text
 from bd3lm_scale.data.prepare import prepare
 from bd3lm_scale.data.stream import open_stream
-from bd3lm_scale.data.tokenising import Preparation
 from bd3lm_scale.data.tokenizer import load_tokenizer
+from bd3lm_scale.data.tokenizing import Preparation
 
 TOOLS = Path(__file__).parents[2] / "tools"
 DOCUMENTS = [f"def f{i}(x):\n    return x * {i}\n" * (1 + i % 7) for i in range(60)] + ["", "  last\n\n one "]
@@ -40,7 +40,7 @@ def load_tool(name: str):
 
 @pytest.fixture
 def small_units(monkeypatch):
-    monkeypatch.setattr(tokenising, "_UNIT_BYTES", 500)
+    monkeypatch.setattr(tokenizing, "_UNIT_BYTES", 500)
 
 
 def write_jsonl(path: Path, documents=DOCUMENTS) -> Path:

@@ -11,12 +11,13 @@ import fsspec
 import numpy as np
 import pytest
 
-from bd3lm_scale.config import DataConfig
-from bd3lm_scale.data.batches import BadShardError, BatchPlan, BatchReader
+from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.cache import CacheFullError, FileCache
 from bd3lm_scale.data.storage import TransferError, transfer
 from bd3lm_scale.data.stream import open_stream
 from bd3lm_scale.data.tokenizer import load_tokenizer
+from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.values import Cursor
 from tests.data.misbehaving_server import MisbehavingServer
 from tests.data.sets import write_set

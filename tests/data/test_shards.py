@@ -7,18 +7,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from bd3lm_scale.config import DataConfig, MixtureSource
+from bd3lm_scale.config.schema import DataConfig, MixtureSource
 from bd3lm_scale.data.order import mixture_quota
-from bd3lm_scale.data.shards import (
-    BadShardError,
-    TokenizerIdentity,
-    manifest_from_json,
-    manifest_to_json,
-    token_dtype,
-    write_shard,
-)
+from bd3lm_scale.data.shards import TokenizerIdentity, manifest_from_json, manifest_to_json, token_dtype, write_shard
 from bd3lm_scale.data.source import open_source
 from bd3lm_scale.data.stream import open_stream
+from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.values import Cursor
 from tests.data.sets import rows_of, write_set, write_split
 

@@ -1,4 +1,4 @@
-"""Text shards written by plain webdataset, tokenised on the fly."""
+"""Text shards written by plain webdataset, tokenized on the fly."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from bd3lm_scale.config import DataConfig
+from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import open_stream
 from bd3lm_scale.data.tokenizer import load_tokenizer

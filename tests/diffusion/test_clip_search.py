@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bd3lm_scale.config import ClipSearchConfig, DiffusionConfig
+from bd3lm_scale.config.schema import ClipSearchConfig, DiffusionConfig
 from bd3lm_scale.diffusion.clip_search import (
     NUM_BINS,
     Interval,
@@ -19,7 +19,7 @@ from bd3lm_scale.diffusion.clip_search import (
     choose_interval,
     variance_table,
 )
-from bd3lm_scale.diffusion.loss import normaliser, score_rows
+from bd3lm_scale.diffusion.loss import num_loss_tokens, score_rows
 from bd3lm_scale.diffusion.noising import given_noise, make_process, noise_rows, noise_rows_for_evaluation
 from bd3lm_scale.diffusion.schedule import get_schedule
 from bd3lm_scale.diffusion.variance import GradientMoments, spread
@@ -68,7 +68,7 @@ def trained() -> PlainDiT:
         noisy = noise_rows(
             text(batch, 100 + step), process, seed=0, step=step, global_batch_size=batch, interval=(0.3, 0.8)
         )
-        loss = score(model, noisy, process).weighted_nll / normaliser(process, batch)
+        loss = score(model, noisy, process).weighted_nll / num_loss_tokens(process, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -229,7 +229,7 @@ def test_clipping_lowers_the_variance_of_the_gradient_too(trained, measured):
         gradients = GradientMoments()
         for draw in range(60):
             noisy = noise_rows(rows, process, seed=4, step=draw, global_batch_size=32, interval=interval)
-            loss = score(model, noisy, process).weighted_nll / normaliser(process, 32)
+            loss = score(model, noisy, process).weighted_nll / num_loss_tokens(process, 32)
             gradients.add(torch.autograd.grad(loss, list(parameters.values())))
         results.append(gradients.result().variance)
     assert results[1] < 0.8 * results[0]

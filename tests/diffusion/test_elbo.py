@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bd3lm_scale.config import DiffusionConfig
+from bd3lm_scale.config.schema import DiffusionConfig
 from bd3lm_scale.diffusion.loss import row_losses, score_rows
 from bd3lm_scale.diffusion.noising import given_noise, make_process, noise_rows, noise_rows_for_evaluation
 from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES, get_schedule

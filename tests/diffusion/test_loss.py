@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from bd3lm_scale.config import DiffusionConfig
-from bd3lm_scale.diffusion.loss import normaliser, row_losses, score_rows, token_losses
+from bd3lm_scale.config.schema import DiffusionConfig
+from bd3lm_scale.diffusion.loss import num_loss_tokens, row_losses, score_rows, token_losses
 from bd3lm_scale.diffusion.noising import given_noise, make_process, noise_rows, noise_rows_for_evaluation
 from bd3lm_scale.values import Rows
 from tests.diffusion.heads import head_of
@@ -47,7 +47,7 @@ def test_block_diffusion_loss_matches_the_published_numbers(mode):
     torch.testing.assert_close(per_token.reshape(2, LENGTH), published, rtol=1e-5, atol=1e-5)
     assert torch.equal(noisy.counts_BL.float(), torch.from_numpy(golden[f"bd3lm_bs4_{mode}_tokmask"]))
     sums = score_rows(head, noisy, process)
-    denominator = normaliser(process, 2) if mode == "train" else int(noisy.counts_BL.sum())
+    denominator = num_loss_tokens(process, 2) if mode == "train" else int(noisy.counts_BL.sum())
     loss = float(sums.weighted_nll) / denominator
     assert loss == pytest.approx(float(golden[f"bd3lm_bs4_{mode}_loss"]), rel=1e-6)
 
@@ -84,8 +84,8 @@ def test_ar_loss_is_cross_entropy_of_the_next_token():
     noisy = noise_rows(rows, process, seed=1, step=0, global_batch_size=6, interval=(0.0, 1.0))
     sums = score_rows(head_of(logits, noisy, MASK), noisy, process)
     expected = torch.nn.functional.cross_entropy(logits[:, :-1, :MASK].flatten(0, 1), rows.tokens_BL[:, 1:].flatten())
-    assert float(sums.weighted_nll) / normaliser(process, 6) == pytest.approx(float(expected), rel=1e-6)
-    assert normaliser(process, 6) == int(noisy.counts_BL.sum()) == 6 * 31
+    assert float(sums.weighted_nll) / num_loss_tokens(process, 6) == pytest.approx(float(expected), rel=1e-6)
+    assert num_loss_tokens(process, 6) == int(noisy.counts_BL.sum()) == 6 * 31
 
 
 @pytest.mark.parametrize("objective", ["bd3lm", "mdlm", "sedd", "ar"])

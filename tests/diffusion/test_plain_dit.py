@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bd3lm_scale.config import DiffusionConfig
-from bd3lm_scale.diffusion.loss import normaliser, score_rows
+from bd3lm_scale.config.schema import DiffusionConfig
+from bd3lm_scale.diffusion.loss import num_loss_tokens, score_rows
 from bd3lm_scale.diffusion.noising import given_noise, make_process
 from bd3lm_scale.diffusion.visibility import training_visibility
 from tests.diffusion.heads import head_of
@@ -36,7 +36,7 @@ def test_oracle_equals_the_published_model(conditioned):
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_two_passes_equal_one_in_logits_and_gradients(block_size):
-    """Algorithm 1 of the paper is the oracle of the vectorised pass."""
+    """Algorithm 1 of the paper is the oracle of the vectorized pass."""
     generator = torch.Generator().manual_seed(4)
     clean = torch.randint(0, 10, (3, 16), generator=generator)
     masked = torch.rand(3, 16, generator=generator) < 0.5
@@ -84,7 +84,7 @@ def test_published_trajectory_is_reproduced():
         noisy = given_noise(clean, shown, torch.from_numpy(golden["t"][step])[:, ::4], process, training=True)
         noisy_BL = noisy.input_BP[:, :32]  # the first token, masked in some of the given rows, is kept clean
         head = head_of(model.training_logits(noisy_BL, clean, 4), noisy, 99)
-        loss = score_rows(head, noisy, process).weighted_nll / normaliser(process, 4)
+        loss = score_rows(head, noisy, process).weighted_nll / num_loss_tokens(process, 4)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)

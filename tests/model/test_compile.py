@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config.load import load_config
 from bd3lm_scale.diffusion.noising import noise_rows
 from bd3lm_scale.engine import build_engine, compile_layers, run_pass
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown

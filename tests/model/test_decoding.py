@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bd3lm_scale.checkpoint.names import Architecture, table, to_published
-from bd3lm_scale.config_load import from_dict
+from bd3lm_scale.config.load import from_dict
 from bd3lm_scale.model.denoiser import named_parameters
 from bd3lm_scale.model.fast_decoder import FastDecoder, FastWeights
 from bd3lm_scale.model.inference import CachedDecoder, FullDenoiser

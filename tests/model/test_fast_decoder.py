@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bd3lm_scale.config_load import from_dict
+from bd3lm_scale.config.load import from_dict
 from bd3lm_scale.engine import build_engine
 from bd3lm_scale.model.fast_decoder import FastDecoder, FastWeights
 from bd3lm_scale.model.inference import CachedDecoder

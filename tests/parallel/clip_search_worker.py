@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from bd3lm_scale.checkpoint.agreement import Agreement
-from bd3lm_scale.config_checks import check
-from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config.checks import check
+from bd3lm_scale.config.load import load_config
 from bd3lm_scale.data.stream import open_stream
-from bd3lm_scale.evaluate_variance import measure_variance
-from bd3lm_scale.loading import load_model
+from bd3lm_scale.evaluation.variance import measure_variance
+from bd3lm_scale.inference.loading import load_model
+from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh, new_host_group, shutdown
-from bd3lm_scale.session import Session, open_session
-from bd3lm_scale.step import train_step
+from bd3lm_scale.training.step import train_step
+from bd3lm_scale.training.trainer import Session, open_session
 from bd3lm_scale.validation import validate
 from tests.parallel.worker import ROOT, TINY
 

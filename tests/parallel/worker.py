@@ -21,16 +21,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bd3lm_scale.checkpoint.store import CheckpointStore
-from bd3lm_scale.config import RunConfig
-from bd3lm_scale.config_checks import check
-from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config.checks import check
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.engine import Engine, build_engine
 from bd3lm_scale.optim import zero
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh, new_host_group, shutdown
 from bd3lm_scale.parallel.mpu import ModelParallelUnit
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.step import train_step
+from bd3lm_scale.training.step import train_step
 from bd3lm_scale.validation import validate
 from bd3lm_scale.values import Rows
 

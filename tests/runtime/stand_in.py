@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bd3lm_scale.config import ConfigError
-from bd3lm_scale.config_load import load_config
-from bd3lm_scale.draws import derive_key, uniforms
-from bd3lm_scale.launch_policy import newest_checkpoint_step
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.errors import ConfigError
+from bd3lm_scale.launcher.policy import newest_checkpoint_step
+from bd3lm_scale.rng import derive_key, uniforms
 from bd3lm_scale.runtime import faults
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.log import set_up_logging

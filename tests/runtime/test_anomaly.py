@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from bd3lm_scale.config import RuntimeConfig
+from bd3lm_scale.config.schema import RuntimeConfig
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 
 

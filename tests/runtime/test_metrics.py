@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bd3lm_scale.config import LoggingConfig
+from bd3lm_scale.config.schema import LoggingConfig
 from bd3lm_scale.runtime.metrics import MetricsWriter, read_metrics
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bd3lm_scale.config import RuntimeConfig
+from bd3lm_scale.config.schema import RuntimeConfig
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.run_folder import read_json
 from bd3lm_scale.runtime.watchdog import Beat, Watchdog, diagnose, read_beats

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import compare_report
-from compare_data import Outcome
+from compare import report as compare_report
+from compare.data import Outcome
 from compare_objectives import cases
 
 ROOT = Path(__file__).parents[2]

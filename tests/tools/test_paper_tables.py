@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bd3lm_scale.config_load import from_dict, to_yaml
+from bd3lm_scale.config.load import from_dict, to_yaml
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
-from paper_tables import main, model_name, read_run, write_tables  # noqa: E402
+from report.paper_tables import main, model_name, read_run, write_tables  # noqa: E402
 
 
 def make_run(folder: Path, objective: str = "bd3lm", data: str = "data/owt", **diffusion) -> Path:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bd3lm_scale.config_checks import problems
-from bd3lm_scale.config_load import from_dict, load_config
-from bd3lm_scale.config_sizes import parameters
+from bd3lm_scale.config.checks import problems
+from bd3lm_scale.config.load import from_dict, load_config
+from bd3lm_scale.config.sizes import parameters
 from bd3lm_scale.diffusion.visibility import training_visibility
 from tools import plan_run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3lm_scale.config_load import load_config, to_yaml
+from bd3lm_scale.config.load import load_config, to_yaml
 from bd3lm_scale.runtime.metrics import MetricsWriter
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bd3lm_scale.checkpoint.store import CheckpointStore, SaveReport
-from bd3lm_scale.config import CheckpointConfig
+from bd3lm_scale.config.schema import CheckpointConfig
 from bd3lm_scale.values import StateSlice
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from bd3lm_scale.config import DataConfig
+from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.demo_corpus import demo_documents
 from bd3lm_scale.data.prepare import prepare
 from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, manifest_to_json, write_shard
 from bd3lm_scale.data.stream import RowStream, open_stream
-from bd3lm_scale.data.tokenising import Preparation
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
+from bd3lm_scale.data.tokenizing import Preparation
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
 from bd3lm_scale.values import Cursor
 

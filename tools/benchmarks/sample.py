@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from bd3lm_scale.config import RunConfig
-from bd3lm_scale.config_load import from_dict
-from bd3lm_scale.sample_batches import draw_samples
+from bd3lm_scale.config.load import from_dict
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.inference.batches import draw_samples
 
 VOCAB_SIZE = 8192
 CASES = {

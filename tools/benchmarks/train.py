@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
 from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
-from bd3lm_scale.config import RunConfig
-from bd3lm_scale.config_load import load_config
-from bd3lm_scale.diffusion.loss import normaliser, score_rows
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.diffusion.loss import num_loss_tokens, score_rows
 from bd3lm_scale.diffusion.noising import Process, make_process, noise_rows
 from bd3lm_scale.engine import build_engine, prepare_batch
 from bd3lm_scale.optim.ema import AdamWithEma
@@ -154,7 +154,7 @@ def loop_rate(
     for step in range(2 + steps):
         started = time.process_time()
         noisy = noise_rows(rows, process, seed=1, step=step, global_batch_size=size, interval=(0.0, 1.0))
-        (loss_sum(noisy) / normaliser(process, size)).backward()
+        (loss_sum(noisy) / num_loss_tokens(process, size)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         adam.zero_grad()

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bd3lm_scale.config import RunConfig
-from bd3lm_scale.config_checks import check
-from bd3lm_scale.config_flops import flops_per_token
-from bd3lm_scale.config_load import load_config
+from bd3lm_scale.config.checks import check
+from bd3lm_scale.config.flops import flops_per_token
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.engine import build_engine
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh, new_host_group, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.step import train_step
+from bd3lm_scale.training.step import train_step
 from bd3lm_scale.values import Rows
 
 VOCAB_SIZE = 50258

@@ -31,8 +31,8 @@ from bd3lm_scale.checkpoint.names import (
     table,
     to_published,
 )
-from bd3lm_scale.config import RunConfig
-from bd3lm_scale.config_load import from_dict
+from bd3lm_scale.config.load import from_dict
+from bd3lm_scale.config.schema import RunConfig
 
 CODE_FILES = ("configuration_bd3lm.py", "modeling_bd3lm.py", "generation_bd3lm.py", "likelihood_bd3lm.py")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
+from bd3lm_scale.checkpoint.metadata import UNKNOWN_DATA, default_mask_id, shortest, split_mask_override, weights_meta
 from bd3lm_scale.checkpoint.names import PREFIX, Architecture, shape_problems, table, to_ours
-from bd3lm_scale.checkpoint.record import UNKNOWN_DATA, default_mask_id, shortest, split_mask_override, weights_meta
-from bd3lm_scale.config import RunConfig
-from bd3lm_scale.config_load import from_dict, to_dict
+from bd3lm_scale.config.load import from_dict, to_dict
+from bd3lm_scale.config.schema import RunConfig
 
 PUBLISHED_FIELDS = ("block_size", "vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
 WEIGHTS = "model.safetensors"

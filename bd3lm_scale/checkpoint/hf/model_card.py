@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from bd3lm_scale.config import RunConfig
+from bd3lm_scale.config.schema import RunConfig
 
 OBJECTIVES = {
     "bd3lm": "block-diffusion language model (BD3-LM)",

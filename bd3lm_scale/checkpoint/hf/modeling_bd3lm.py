@@ -81,7 +81,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_BPD):
-        """Normalise the last dimension."""
+        """Normalize the last dimension."""
         return F.layer_norm(x_BPD.float(), x_BPD.shape[-1:]) * self.weight.float()
 
 
@@ -263,7 +263,7 @@ class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
         return True
 
     def _init_weights(self, module):
-        """The paper's initialisation: adaLN and head start at zero, everything else at torch's defaults."""
+        """The paper's initialization: adaLN and head start at zero, everything else at torch's defaults."""
         if isinstance(module, nn.Linear):
             bound = 0.0 if isinstance(module, ZeroLinear) else module.in_features**-0.5
             nn.init.uniform_(module.weight, -bound, bound)

@@ -270,7 +270,7 @@ class SentencePieceModel:
     Attributes:
         pieces: (text, score, type) by id.
         model_type: UNIGRAM, BPE, ...
-        character_map: the normaliser's compiled rules, empty for identity.
+        character_map: the num_loss_tokens's compiled rules, empty for identity.
     """
 
     pieces: list[tuple[str, float, int]]

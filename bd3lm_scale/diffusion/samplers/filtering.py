@@ -2,8 +2,8 @@
 
 The nucleus p is the paper's: tokens in order of probability (equal ones in order of id) are kept while their
 cumulative probability is at most p, so the token that crosses p is dropped; the most likely token is always kept;
-what is kept is renormalised. (Holtzman et al. and most libraries keep the crossing token too.) Order of filters:
-temperature, top-k, nucleus of the renormalised rest.
+what is kept is renormalized. (Holtzman et al. and most libraries keep the crossing token too.) Order of filters:
+temperature, top-k, nucleus of the renormalized rest.
 
 Only values are sorted, never (value, id) pairs, and a token is found from its rank: sorting floats in numpy is an
 order of magnitude cheaper than an argsort, and cheaper still than a filtered copy of the distribution.
@@ -105,7 +105,7 @@ def draw_tokens_batched(logits_RV: Tensor, uniform_R: Tensor, token_filter: Toke
 
 
 def _kept_weights(logits_RV: Tensor, token_filter: TokenFilter) -> tuple[Tensor, Tensor]:
-    """Unnormalised float64 probabilities in falling order, 0 where dropped, and the ids they belong to."""
+    """Unnormalized float64 probabilities in falling order, 0 where dropped, and the ids they belong to."""
     values = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
     weight_RV = ((values - values.amax(dim=-1, keepdim=True)) * (1.0 / token_filter.temperature)).exp()
     falling_RV, ids_RV = torch.sort(weight_RV, dim=-1, descending=True, stable=True)

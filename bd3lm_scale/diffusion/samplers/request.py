@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bd3lm_scale.diffusion.samplers.filtering import TokenFilter
 from bd3lm_scale.diffusion.samplers.stopping import StopRule
-from bd3lm_scale.draws import derive_key, uniforms
+from bd3lm_scale.rng import derive_key, uniforms
 
 _WORDS_PER_POSITION = 4  # one Philox counter per position, so a draw depends on nothing but its position
 

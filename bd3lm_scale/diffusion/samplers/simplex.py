@@ -17,7 +17,7 @@ from torch import Tensor
 from bd3lm_scale.diffusion.samplers.filtering import draw_tokens, filtered_probabilities
 from bd3lm_scale.diffusion.samplers.protocols import SimplexDenoiser
 from bd3lm_scale.diffusion.samplers.request import BlockTask, FilledBlock
-from bd3lm_scale.draws import derive_key, uniforms
+from bd3lm_scale.rng import derive_key, uniforms
 
 PROJECTIONS = ("sampling", "multi_hot", "greedy")
 _COSINE_OFFSET = 0.008

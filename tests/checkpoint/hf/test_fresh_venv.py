@@ -14,11 +14,11 @@ import torch
 
 from bd3lm_scale.checkpoint.hf.export import export_hf
 from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
+from bd3lm_scale.checkpoint.metadata import weights_meta
 from bd3lm_scale.checkpoint.reader import open_checkpoint
-from bd3lm_scale.checkpoint.record import weights_meta
 from bd3lm_scale.checkpoint.write import write_weights
-from bd3lm_scale.config_checks import padded_vocab_size
-from bd3lm_scale.config_sizes import parameters
+from bd3lm_scale.config.checks import padded_vocab_size
+from bd3lm_scale.config.sizes import parameters
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
 from tests.checkpoint.layouts import whole_state

@@ -1,0 +1,326 @@
+"""What the parts of a configuration demand of each other, found before a device is touched.
+
+Every problem is one line `field (value): reason; use remedy`; layouts that cannot run name the nearest one that can.
+"""
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+from bd3lm_scale.config.ranges import range_problems
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.errors import ConfigError
+
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this inside, independently of the layout."""
+
+MIN_FLEX_WIDTH = 16
+"""FlexAttention's kernels need heads at least this wide."""
+
+
+def check(config: RunConfig, world_size: int | None = None, vocab_size: int | None = None) -> None:
+    """Raise ConfigError with all problems, if there are any."""
+    found = problems(config, world_size, vocab_size)
+    if found:
+        raise ConfigError(found)
+
+
+def problems(config: RunConfig, world_size: int | None = None, vocab_size: int | None = None) -> list[str]:
+    """Every reason why this configuration cannot run, one line each.
+
+    Args:
+        config: the run.
+        world_size: processes that will run; None skips what depends on it.
+        vocab_size: the tokenizer's ids including the mask; None where it is not known yet.
+    """
+    outside = range_problems(config)
+    config = _with_defaults(config, list(outside))  # the checks below divide by these numbers
+    checks = (_data, _diffusion, _model, _tensor_parallel, _pipeline, _zero, _training, _sampling, _cadences)
+    found = [line for part in checks for line in part(config)]
+    if vocab_size is not None and config.model.vocab_size not in (None, vocab_size):
+        found.append(
+            f"model.vocab_size ({config.model.vocab_size}): the tokenizer has {vocab_size} ids with the mask; "
+            f"use {vocab_size}, or null to take it from the tokenizer"
+        )
+    if world_size is not None:
+        found += _world(config, world_size)
+    return [*outside.values(), *(line for line in found if not any(name in line for name in outside))]
+
+
+def _with_defaults(section: Any, names: list[str]) -> Any:
+    """The configuration with the named fields at their defaults."""
+    heads = {name.partition(".")[0] for name in names}
+    changes = {}
+    for head in heads:
+        deeper = [name.partition(".")[2] for name in names if name.startswith(f"{head}.")]
+        default = next(item.default for item in fields(section) if item.name == head)
+        changes[head] = _with_defaults(getattr(section, head), deeper) if deeper else default
+    return replace(section, **changes)
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The number of embedding rows: the vocabulary padded to a multiple of VOCAB_MULTIPLE."""
+    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def num_micro_batches(config: RunConfig, data_parallel_size: int) -> int:
+    """M: micro-steps per optimizer step; the last ones may hold zero-weight rows."""
+    return math.ceil(config.train.global_batch_size / (data_parallel_size * config.train.micro_batch_size))
+
+
+def _nearest_multiple(value: int, factor: int) -> str:
+    low, high = value // factor * factor, (value // factor + 1) * factor
+    return f"{low} or {high}" if low else str(high)
+
+
+def _nearest(wanted: int, legal: list[int]) -> int:
+    """The legal value closest to the wanted one (the smaller of two equally close)."""
+    return min(legal, key=lambda value: (abs(value - wanted), value))
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _data(config: RunConfig) -> list[str]:
+    data, found = config.data, []
+    if data.path is None and not data.mixture:
+        found.append(
+            "data.path (null): nothing to read; use a folder written by tools/prepare_data.py, or data.mixture"
+        )
+    if data.path is not None and data.mixture:
+        found.append(f"data.path ({data.path}): given together with data.mixture; use one of the two")
+    for i, source in enumerate(data.mixture):
+        if not (source.weight > 0 and math.isfinite(source.weight)):
+            found.append(f"data.mixture[{i}].weight ({source.weight}): must be a positive number; use for example 1.0")
+    if data.stream_text and config.train.exact_resume:
+        found.append(
+            "data.stream_text (true): text tokenized on the fly cannot be resumed exactly; "
+            "use tools/prepare_data.py first, or train.exact_resume=false"
+        )
+    if data.stream_text and data.tokenizer is None:
+        found.append("data.tokenizer (null): data.stream_text has no tokenizer beside it; use its folder or file")
+    return found
+
+
+def _diffusion(config: RunConfig) -> list[str]:
+    diffusion, length, found = config.diffusion, config.data.context_length, []
+    objective, size = diffusion.objective, diffusion.block_size
+    if objective == "bd3lm" and length % size:
+        nearest = _nearest(size, _divisors(length))
+        found.append(f"diffusion.block_size ({size}): does not divide data.context_length {length}; use {nearest}")
+    if length < 2 and (objective == "ar" or diffusion.ignore_bos):
+        found.append(f"data.context_length ({length}): a row's first token is not predicted; use at least 2")
+    found += _clip_interval(config)
+    if objective == "sedd" and diffusion.time_conditioning is False:
+        found.append("diffusion.time_conditioning (false): score entropy needs the noise level; use null or true")
+    if objective == "ar" and diffusion.time_conditioning:
+        found.append("diffusion.time_conditioning (true): ar has no noise level; use null or false")
+    if diffusion.resample and objective != "bd3lm":
+        found.append(f"diffusion.resample (true): redraws blocks, and {objective} has none; use false")
+    if diffusion.mdlm_loss_scale and objective not in ("mdlm", "sedd"):
+        found.append(f"diffusion.mdlm_loss_scale (true): not a parameterization of {objective}; use false")
+    return found
+
+
+def _clip_interval(config: RunConfig) -> list[str]:
+    diffusion, found = config.diffusion, []
+    low, high, search = diffusion.clip_low, diffusion.clip_high, diffusion.clip_search
+    if low > high:
+        found.append(f"diffusion.clip_low ({low}): above diffusion.clip_high {high}; use at most {high}")
+    elif low == high and not (low == 1 and config.block_size == 1):
+        remedy = "use clip_low below it" + (" (1, 1 is for block_size 1)" if low == 1 else "")
+        found.append(f"diffusion.clip_low ({low}): equal to diffusion.clip_high, which trains one time only; {remedy}")
+    elif high <= diffusion.time_epsilon:
+        found.append(
+            f"diffusion.clip_high ({high}): not above diffusion.time_epsilon {diffusion.time_epsilon}; "
+            "use for example 1"
+        )
+    if search.enabled and not search.widths:
+        found.append("diffusion.clip_search.widths ([]): nothing to search; use diffusion.clip_search.enabled=false")
+    for width in search.widths:
+        if not 0 < width <= 1:
+            found.append(f"diffusion.clip_search.widths ({width}): every width must lie in (0, 1]; use for example 0.5")
+    return found
+
+
+def _model(config: RunConfig) -> list[str]:
+    model, found = config.model, []
+    width, heads = model.hidden_size, model.num_heads
+    if width % heads:
+        nearest = _nearest(heads, _divisors(width))
+        found.append(f"model.num_heads ({heads}): does not divide model.hidden_size {width}; use {nearest}")
+    elif width // heads % 2:
+        found.append(
+            f"model.num_heads ({heads}): rotary positions need an even head width, not {width // heads}; "
+            f"use a hidden_size that is a multiple of {2 * heads}"
+        )
+    elif model.attention == "flex" and width // heads < MIN_FLEX_WIDTH:
+        found.append(
+            f"model.attention (flex): needs heads at least {MIN_FLEX_WIDTH} wide, not {width // heads}; "
+            "use auto or chunked, or fewer heads"
+        )
+    on_cpu = config.runtime.device == "cpu"
+    if model.attention == "flex" and on_cpu:
+        found.append("model.attention (flex): has no backward pass on the CPU; use auto or chunked")
+    if config.train.compile and on_cpu:
+        found.append("train.compile (true): is for GPUs; use false with runtime.device=cpu")
+    return found
+
+
+def _tensor_parallel(config: RunConfig) -> list[str]:
+    parallel, model, found = config.parallel, config.model, []
+    size = parallel.tensor_parallel_size
+    vocab = VOCAB_MULTIPLE if model.vocab_size is None else padded_vocab_size(model.vocab_size)
+    must_divide = {"model.num_heads": model.num_heads, "model.hidden_size": model.hidden_size}
+    must_divide["the padded vocabulary" if model.vocab_size else "the vocabulary's padding"] = vocab
+    indivisible = [f"{what} {number}" for what, number in must_divide.items() if number % size]
+    if indivisible:
+        nearest = _nearest(size, _divisors(math.gcd(*must_divide.values())))
+        found.append(
+            f"parallel.tensor_parallel_size ({size}): does not divide {' and '.join(indivisible)}; use {nearest}"
+        )
+    if parallel.sequence_parallel and size == 1:
+        found.append(
+            "parallel.sequence_parallel (true): splits over tensor-parallel ranks, and there is one; use false"
+        )
+    if parallel.sequence_parallel and config.sequence_length % size:
+        found.append(
+            f"parallel.sequence_parallel (true): the transformer reads {config.sequence_length} positions, not "
+            f"a multiple of tensor_parallel_size {size}; "
+            f"use data.context_length={_nearest_multiple(config.data.context_length, size)}"
+        )
+    return found
+
+
+def _pipeline(config: RunConfig) -> list[str]:
+    parallel, layers, found = config.parallel, config.model.num_layers, []
+    stages, chunks = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
+    if chunks is not None and chunks > 1 and stages == 1:
+        found.append(
+            f"parallel.virtual_pipeline_parallel_size ({chunks}): interleaves pipeline stages, and there is one; "
+            "use null, or pipeline_parallel_size of at least 2"
+        )
+    elif layers % (stages * (chunks or 1)):
+        total = stages * (chunks or 1)
+        nearest = _nearest(stages, [s for s in _divisors(layers) if layers % (s * (chunks or 1)) == 0] or [1])
+        keep = "" if layers % (nearest * (chunks or 1)) == 0 else " with virtual_pipeline_parallel_size=null"
+        found.append(
+            f"parallel.pipeline_parallel_size ({stages}): {total} model chunks do not divide "
+            f"model.num_layers {layers}; use pipeline_parallel_size={nearest}{keep}, "
+            f"or num_layers={_nearest_multiple(layers, total)}"
+        )
+    if stages > 1 and config.uses_adaln and config.model.cond_dim > config.model.hidden_size:
+        found.append(
+            f"model.cond_dim ({config.model.cond_dim}): travels between pipeline stages as one row of width "
+            f"hidden_size {config.model.hidden_size}; use at most that, or pipeline_parallel_size=1"
+        )
+    return found
+
+
+def _zero(config: RunConfig) -> list[str]:
+    stage, stages = config.optim.zero_stage, config.parallel.pipeline_parallel_size
+    if stage == 0:
+        return ["optim.zero_stage (0): keeps no fp32 masters that can be saved; use 1 (the same result, less memory)"]
+    if stage not in (1, 2, 3):
+        return [f"optim.zero_stage ({stage}): must be 1, 2 or 3; use {1 if stage < 0 else 3}"]
+    if stages == 1 or stage == 1:
+        return []
+    nearest = "use zero_stage=1, or pipeline_parallel_size=1"
+    if stage == 3:
+        return [f"optim.zero_stage (3): cannot gather weights across {stages} pipeline stages (it hangs); {nearest}"]
+    if config.model.tie_embeddings:
+        return [f"optim.zero_stage (2): cannot share tied embeddings between pipeline stages; {nearest}"]
+    if not config.parallel.experimental:
+        return [
+            f"optim.zero_stage (2): with {stages} pipeline stages it is experimental; {nearest}, "
+            "or parallel.experimental=true"
+        ]
+    return []
+
+
+def _training(config: RunConfig) -> list[str]:
+    optim = config.optim
+    if optim.min_lr > optim.lr:
+        return [f"optim.min_lr ({optim.min_lr}): above optim.lr {optim.lr}; use at most {optim.lr}"]
+    return []
+
+
+def _sampling(config: RunConfig) -> list[str]:
+    sampling, objective, found = config.sampling, config.diffusion.objective, []
+    blockwise = ("auto", "first_hitting", "ancestral", "confidence", "entropy")
+    legal = {"ar": ("auto", "ar"), "sedd": ("auto", "analytic")}.get(objective, blockwise)
+    if sampling.sampler not in legal:
+        found.append(
+            f"sampling.sampler ({sampling.sampler}): does not fit diffusion.objective {objective}; "
+            f"use {' or '.join(legal)}"
+        )
+    if sampling.sampler == "confidence" and not 0 < sampling.threshold <= 1:
+        found.append(f"sampling.threshold ({sampling.threshold}): is a probability here; use a value in (0, 1]")
+    size = config.block_size
+    if sampling.window is not None and objective == "bd3lm" and sampling.window % size:
+        nearest = _nearest_multiple(sampling.window, size)
+        found.append(f"sampling.window ({sampling.window}): must hold whole blocks of {size} tokens; use {nearest}")
+    return found
+
+
+def _cadences(config: RunConfig) -> list[str]:
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every
+    if keep is not None and keep % every:
+        return [
+            f"checkpoint.keep_every ({keep}): checkpoints are made every {every} steps; "
+            f"use {_nearest_multiple(keep, every)}"
+        ]
+    return []
+
+
+def _world(config: RunConfig, world_size: int) -> list[str]:
+    """world = TP * PP * DP, and enough micro-batches for the interleaved schedule."""
+    parallel = config.parallel
+    tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    if world_size < 1 or world_size % (tensor * stages):
+        nearest = _nearest_layout(config, world_size)
+        sizes = _nearest_multiple(max(world_size, 1), tensor * stages)
+        return [
+            f"parallel.tensor_parallel_size ({tensor}): {world_size} processes cannot be cut into groups of tensor "
+            f"{tensor} x pipeline {stages} = {tensor * stages}; use {sizes} processes, "
+            f"or tensor_parallel_size={nearest[0]} pipeline_parallel_size={nearest[1]}"
+        ]
+    chunks = parallel.virtual_pipeline_parallel_size or 1
+    replicas = world_size // (tensor * stages)
+    count = num_micro_batches(config, replicas)
+    if chunks == 1 or stages == 1 or count % stages == 0:
+        return []
+    legal = [
+        mb for mb in range(1, config.train.global_batch_size + 1)
+        if math.ceil(config.train.global_batch_size / (replicas * mb)) % stages == 0
+    ]  # fmt: skip
+    wanted = config.train.micro_batch_size
+    remedy = f"use train.micro_batch_size={_nearest(wanted, legal)}, or " if legal else "use "
+    rows = _nearest_multiple(count, stages).split(" or ")
+    sizes = " or ".join(str(int(m) * replicas * wanted) for m in rows)
+    return [
+        f"parallel.virtual_pipeline_parallel_size ({chunks}): the interleaved schedule needs micro-batches in "
+        f"multiples of {stages} stages, and there are {count}; {remedy}train.global_batch_size={sizes}"
+    ]
+
+
+def _nearest_layout(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """(TP, PP) closest to the wanted one, in ratio, that this model and number of processes allow."""
+    model, parallel = config.model, config.parallel
+    chunks = parallel.virtual_pipeline_parallel_size or 1
+    tensor_sizes = _divisors(math.gcd(math.gcd(model.num_heads, model.hidden_size), VOCAB_MULTIPLE))
+    legal = [
+        (tensor, stages)
+        for tensor in tensor_sizes
+        for stages in _divisors(model.num_layers)
+        if max(world_size, 1) % (tensor * stages) == 0 and model.num_layers % (stages * chunks) == 0
+        and not (stages > 1 and config.optim.zero_stage == 3)
+    ]  # fmt: skip
+
+    def distance(layout: tuple[int, int]) -> float:
+        return abs(math.log(layout[0] / parallel.tensor_parallel_size)) + abs(
+            math.log(layout[1] / parallel.pipeline_parallel_size)
+        )
+
+    return min(legal or [(1, 1)], key=distance)

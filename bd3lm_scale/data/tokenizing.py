@@ -1,0 +1,202 @@
+"""A corpus cut into units of about a megabyte, tokenized on many processes, in order.
+
+The units and their tokens depend on the task alone, not on the number of processes.
+"""
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from bd3lm_scale.data import documents
+from bd3lm_scale.data.detokenize import DETOKENIZERS
+from bd3lm_scale.data.shards import token_dtype
+from bd3lm_scale.data.storage import is_remote
+from bd3lm_scale.data.tokenizer import Tokenizer, load_tokenizer
+
+_UNIT_BYTES = 1 << 20
+_UNIT_RECORDS = 1000
+_UNITS_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What to prepare and how.
+
+    Attributes:
+        inputs: files of the corpus.
+        validation_inputs: files that go to validation whole.
+        validation_documents: this many last documents of `inputs` go to validation.
+        validation_fraction: share of the documents of `inputs`, chosen by hash, that go to validation.
+        options: how files become documents.
+        detokenizer: one of DETOKENIZERS, or none.
+        insert_eos: end each document with EOS.
+        shard_tokens, chunk_tokens: tokens per shard and per member.
+    """
+
+    inputs: tuple[str, ...]
+    validation_inputs: tuple[str, ...] = ()
+    validation_documents: int = 0
+    validation_fraction: float = 0.0
+    options: documents.Options = field(default_factory=documents.Options)
+    detokenizer: str | None = None
+    insert_eos: bool = True
+    shard_tokens: int = 1 << 25
+    chunk_tokens: int = 1 << 16
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files, in the order they are read."""
+        return self.inputs + self.validation_inputs
+
+    def describe(self) -> dict:
+        """What the bytes of the result depend on, without the paths of this machine."""
+        raw = asdict(self)
+        for key in ("inputs", "validation_inputs"):
+            raw[key] = [[os.path.basename(path), file_size(path)] for path in raw[key]]
+        return raw
+
+
+def file_size(path: str) -> int | None:
+    """Bytes of a local file; None for a remote one."""
+    return None if is_remote(path) else os.path.getsize(path)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Records that are tokenized together.
+
+    Attributes:
+        file, record: where the first one lies.
+        next_place: (file, record) of the unit that follows.
+        records: the records.
+        path: the file's name, for messages.
+        bytes_read: how much of the file, as stored, had been read for it.
+    """
+
+    file: int
+    record: int
+    next_place: tuple[int, int]
+    records: tuple[documents.Record, ...]
+    path: str
+    bytes_read: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized unit; one entry per record in all arrays but `ids`.
+
+    Attributes:
+        ids: all tokens.
+        lengths: tokens of each record.
+        text_bytes: bytes of UTF-8 text.
+        starts: whether a document starts here.
+        hashes: 32-bit hashes of the text, as int64.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    text_bytes: np.ndarray
+    starts: np.ndarray
+    hashes: np.ndarray
+
+
+def cut_units(task: Preparation, place: tuple[int, int] = (0, 0)) -> Iterator[Unit]:
+    """The corpus from the record at `place` on."""
+    for file in range(place[0], len(task.files)):
+        path = task.files[file]
+        number = place[1] if file == place[0] else 0
+        meter = documents.Meter()
+        records = itertools.islice(documents.read_records(path, task.options, meter), number, None)
+        batch: list[documents.Record] = []
+        size = 0
+        for record in records:
+            batch.append(record)
+            size += len(record.data)
+            if size >= _UNIT_BYTES or len(batch) >= _UNIT_RECORDS:
+                following = number + len(batch)
+                yield Unit(file, number, (file, following), tuple(batch), path, meter.num_bytes)
+                number, batch, size = following, [], 0
+        if batch:
+            yield Unit(file, number, (file + 1, 0), tuple(batch), path, file_size(path) or 0)
+
+
+def tokenize(unit: Unit, task: Preparation, tokenizer: Tokenizer) -> Tokens:
+    """Tokens of a unit (ValueError naming file and record for malformed ones)."""
+    texts = [
+        documents.record_text(record, task.options, f"{unit.path}, record {unit.record + i + 1}")
+        for i, record in enumerate(unit.records)
+    ]
+    if task.detokenizer:
+        texts = [DETOKENIZERS[task.detokenizer](text) for text in texts]
+    encoded = tokenizer.encode_batch(texts)
+    if task.insert_eos:
+        for record, ids in zip(unit.records, encoded, strict=True):
+            # nothing ends where nothing began: an empty document leaves no trace
+            if record.ends_document and (ids or not record.starts_document):
+                ids.append(tokenizer.eos_token_id)
+    ids = np.fromiter(itertools.chain.from_iterable(encoded), np.int64, sum(map(len, encoded)))
+    if ids.size and int(ids.max()) >= tokenizer.vocab_size:
+        raise ValueError(f"{unit.path}: token id {int(ids.max())} is outside the vocabulary of {tokenizer.vocab_size}")
+    data = [text.encode() for text in texts]
+    hashes = [int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") for text in data]
+    return Tokens(
+        ids=ids.astype(token_dtype(tokenizer.vocab_size)),
+        lengths=np.array([len(ids) for ids in encoded], np.int64),
+        text_bytes=np.array([len(text) for text in data], np.int64),
+        starts=np.array([record.starts_document for record in unit.records], bool),
+        hashes=np.array(hashes, np.int64),
+    )
+
+
+_in_worker: dict = {}
+
+
+def _start_worker(task: Preparation, tokenizer_path: str) -> None:
+    _in_worker.update(task=task, tokenizer=load_tokenizer(tokenizer_path))
+
+
+def _tokenize_in_worker(unit: Unit) -> Tokens:
+    return tokenize(unit, _in_worker["task"], _in_worker["tokenizer"])
+
+
+def tokenized_units(
+    task: Preparation, tokenizer_path: str, place: tuple[int, int], workers: int
+) -> Iterator[tuple[Unit, Tokens]]:
+    """Units from `place` on and their tokens, in order; a bounded number is under way at any time.
+
+    Args:
+        task: what to do.
+        tokenizer_path: for `load_tokenizer`.
+        place: (file, record) to begin at.
+        workers: processes; 0 tokenizes in this one.
+    """
+    units = cut_units(task, place)
+    if workers == 0:
+        tokenizer = load_tokenizer(tokenizer_path)
+        yield from ((unit, tokenize(unit, task, tokenizer)) for unit in units)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (task, tokenizer_path))
+    under_way: deque = deque()
+    try:
+        while True:
+            for unit in itertools.islice(units, workers * _UNITS_PER_WORKER - len(under_way)):
+                under_way.append((unit, pool.submit(_tokenize_in_worker, unit)))
+            if not under_way:
+                return
+            unit, future = under_way.popleft()
+            yield unit, future.result()
+    except BrokenProcessPool as problem:
+        raise RuntimeError(
+            "a tokenizing process was killed (out of memory?); run the same command again to go on from the last "
+            "finished shard, with fewer --workers"
+        ) from problem
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,165 @@
+"""From a configuration and prompts to finished samples, batch by batch, for any objective and any network.
+
+Shapes: B samples in a batch.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.diffusion.samplers.analytic import sample_analytic
+from bd3lm_scale.diffusion.samplers.ancestral import Ancestral
+from bd3lm_scale.diffusion.samplers.autoregressive import sample_next_tokens
+from bd3lm_scale.diffusion.samplers.blocks import BlockPlan, FillBlock, sample_blocks
+from bd3lm_scale.diffusion.samplers.filtering import TokenFilter
+from bd3lm_scale.diffusion.samplers.first_hitting import first_hitting
+from bd3lm_scale.diffusion.samplers.mdlm import WindowDenoiser, window_plan
+from bd3lm_scale.diffusion.samplers.parallel import Parallel
+from bd3lm_scale.diffusion.samplers.request import SampleRequest, SampleResult
+from bd3lm_scale.diffusion.samplers.stopping import StopRule
+from bd3lm_scale.diffusion.schedule import get_schedule
+from bd3lm_scale.errors import ConfigError
+
+DEFAULT_SAMPLER = {"bd3lm": "first_hitting", "mdlm": "first_hitting", "sedd": "analytic", "ar": "ar"}
+"""What `auto` means for each objective."""
+
+_REDRAW_STRIDE = 1 << 40  # sample numbers of the n-th redraw of sample i: i + n * stride, clear of all first draws
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One finished sample.
+
+    Attributes:
+        index: its number in the run.
+        tokens: ids, prompt included.
+        prompt_length: tokens of the prompt.
+        finish: length | eos | low_entropy.
+        nfe, forward_calls: see SampleResult; redraws included in neither.
+        redraws: attempts thrown away before this one.
+        seconds: wall-clock time of its batch divided by the batch's samples.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    prompt_length: int
+    finish: str
+    nfe: int
+    forward_calls: int
+    redraws: int
+    seconds: float
+
+
+def choose_sampler(config: RunConfig) -> str:
+    """The sampler in force."""
+    name = config.sampling.sampler
+    return DEFAULT_SAMPLER[config.diffusion.objective] if name == "auto" else name
+
+
+def check_sampling(config: RunConfig) -> None:
+    """Refuse what is legal for training but cannot be sampled (ConfigError naming the field)."""
+    sampling, objective, found = config.sampling, config.diffusion.objective, []
+    if objective == "sedd" and sampling.length > config.data.context_length:
+        found.append(
+            f"sampling.length ({sampling.length}): sedd has no way beyond its context of {config.data.context_length} "
+            "tokens; use a shorter length, or mdlm or bd3lm"
+        )
+    if objective in ("bd3lm", "mdlm") and config.time_conditioning:
+        found.append(
+            f"diffusion.time_conditioning (true): sampling {objective} from a network that reads the time is not "
+            "supported, because its predictions must depend on the tokens alone; train with false (the default)"
+        )
+    if found:
+        raise ConfigError(found, source="the sampling settings")
+
+
+def run_sampler(
+    network: Any,
+    request: SampleRequest,
+    config: RunConfig,
+    on_progress: Callable[[int], object] | None = None,
+) -> SampleResult:
+    """Sample one batch with the sampler that the configuration names.
+
+    Args:
+        network: with an empty context: a BlockDenoiser (bd3lm), FullDenoiser (mdlm, sedd) or NextToken (ar).
+        request: what to sample.
+        config: objective, block size, context and sampling section.
+        on_progress: told the number of new tokens.
+    """
+    name, sampling = choose_sampler(config), config.sampling
+    schedule = get_schedule(config.diffusion.schedule, config.diffusion.mdlm_loss_scale)
+    if name == "ar":
+        return sample_next_tokens(network, request, on_progress)
+    if name == "analytic":
+        return sample_analytic(network, request, schedule, sampling.steps, on_progress)
+    fill: FillBlock = first_hitting
+    if name == "ancestral":
+        fill = Ancestral(sampling.steps, schedule)
+    elif name != "first_hitting":
+        fill = Parallel(name, sampling.threshold)
+    if config.diffusion.objective == "mdlm":
+        length = config.data.context_length
+        plan = window_plan(request.length, length)
+        return sample_blocks(WindowDenoiser(network, length), fill, request, plan, on_progress)
+    plan = BlockPlan(config.block_size, config.block_size, commit_runs_network=sampling.kv_cache)
+    return sample_blocks(network, fill, request, plan, on_progress)
+
+
+def draw_samples(
+    open_network: Callable[[int], Any],
+    config: RunConfig,
+    prompts: Sequence[tuple[int, ...]],
+    indices: Sequence[int],
+    *,
+    mask_token_id: int,
+    eos_token_id: int,
+    device: Any = "cpu",
+    on_progress: Callable[[int], object] | None = None,
+) -> Iterator[Sample]:
+    """Samples in batches of sampling.batch_size, yielded batch by batch.
+
+    Where a sample of fixed length is cut for low entropy it is drawn again, at most sampling.max_redraws times.
+
+    Args:
+        open_network: the network with an empty context for so many rows.
+        config: of the run, with its sampling section.
+        prompts: tokens each sample starts with.
+        indices: number of each sample in the run: draws are a function of (sampling.seed, number).
+        mask_token_id, eos_token_id: special ids.
+        device: of the network.
+        on_progress: told the number of new tokens (redrawn ones count again).
+    """
+    sampling = config.sampling
+    todo = [(number, prompt, 0) for number, prompt in zip(indices, prompts, strict=True)]
+    while todo:
+        group, todo = todo[: sampling.batch_size], todo[sampling.batch_size :]
+        request = SampleRequest(
+            prompts=tuple(prompt for _, prompt, _ in group),
+            length=sampling.length,
+            mask_token_id=mask_token_id,
+            seed=sampling.seed,
+            sample_index=tuple(number + tries * _REDRAW_STRIDE for number, _, tries in group),
+            token_filter=TokenFilter(sampling.nucleus_p, sampling.top_k, sampling.temperature),
+            stop=StopRule(eos_token_id if sampling.stop_at_eos else None, sampling.min_entropy),
+            device=device,
+        )
+        started = time.perf_counter()
+        result = run_sampler(open_network(len(group)), request, config, on_progress)
+        seconds = (time.perf_counter() - started) / len(group)
+        for place, (number, prompt, tries) in enumerate(group):
+            if result.finish[place] == "low_entropy" and tries < sampling.max_redraws:
+                todo.append((number, prompt, tries + 1))
+                continue
+            yield Sample(
+                index=number,
+                tokens=result.tokens[place],
+                prompt_length=len(prompt),
+                finish=result.finish[place],
+                nfe=result.nfe[place],
+                forward_calls=result.forward_calls[place],
+                redraws=tries,
+                seconds=seconds,
+            )

@@ -1,0 +1,298 @@
+"""A training run at work: its parts, its place in the data, its checkpoints. train.py drives it.
+
+open_session -> parts built, newest valid checkpoint restored -> step, validate, save ... -> close
+"""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
+from bd3lm_scale.checkpoint.store import CheckpointStore
+from bd3lm_scale.config.load import to_dict, to_yaml
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.data.batches import BatchPlan, BatchReader
+from bd3lm_scale.data.stream import RowStream
+from bd3lm_scale.diffusion.clip_search import choose_interval, variance_table
+from bd3lm_scale.engine import Engine, build_engine, sum_over_ranks
+from bd3lm_scale.errors import BadShardError, CheckpointError, FencedError
+from bd3lm_scale.optim.zero import ZeroOptimizer
+from bd3lm_scale.parallel.agreement import Agreement
+from bd3lm_scale.parallel.mesh import Mesh, new_host_group
+from bd3lm_scale.runtime import faults
+from bd3lm_scale.runtime.anomaly import AnomalyPolicy
+from bd3lm_scale.runtime.lock import RunLock
+from bd3lm_scale.runtime.log import get_logger
+from bd3lm_scale.training.checks import refuse_differences, refuse_other_model
+from bd3lm_scale.validation import Validation
+from bd3lm_scale.values import Cursor, Rows
+
+log = get_logger(__name__)
+
+VERSIONS = ("torch", "megatron-core", "deepspeed", "numpy")
+
+
+@dataclass
+class Session:
+    """The parts and the state of a run on this rank.
+
+    Attributes:
+        config: of the run.
+        engine: model, optimizer and place.
+        stream: the training rows; its tokenizer is the run's.
+        batches: this rank's micro-batches, read ahead.
+        store: the run's checkpoints.
+        agreement: how the ranks tell each other small things.
+        policy: what to do with bad steps.
+        cursor: where training stands in the data; cursor.step is the number of steps done.
+        interval: clip interval in force.
+        validations: how many validations there were (the clip search counts them).
+        resumed_from: the checkpoint this attempt started from, if any.
+    """
+
+    config: RunConfig
+    engine: Engine
+    stream: RowStream
+    batches: BatchReader
+    store: CheckpointStore
+    agreement: Agreement
+    policy: AnomalyPolicy
+    cursor: Cursor
+    interval: tuple[float, float]
+    validations: int = 0
+    resumed_from: Path | None = None
+
+    @property
+    def optimizer(self) -> ZeroOptimizer:
+        """The engine's optimizer (training always has one)."""
+        assert self.engine.optimizer is not None
+        return self.engine.optimizer
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.cursor.step
+
+    def agree(self, wants_stop: bool) -> tuple[bool, list[Rows]]:
+        """Whether any rank wants to stop, else the next micro-batches; shards found bad are left out by all ranks.
+
+        One small exchange per step, so that all ranks stop, or exclude a shard, after the same step.
+
+        Raises:
+            BadShardError: on every rank, where data.on_bad_shard is stop.
+        """
+        while True:
+            rows, bad_shard = [], None
+            if not wants_stop:
+                try:
+                    rows = next(self.batches)
+                except BadShardError as error:
+                    bad_shard = (error.shard, error.reason)
+            _, (stops, bad) = sum_over_ranks(self.engine, [], [int(wants_stop), int(bad_shard is not None)])
+            if stops:
+                return True, []
+            if not bad:
+                return False, rows
+            found = dict(sorted(filter(None, self.agreement.exchange(bad_shard))))
+            if self.config.data.on_bad_shard != "skip":
+                raise BadShardError(*next(iter(found.items())))
+            if self.engine.mesh.is_main_rank:
+                said = "; ".join(f"{shard} ({reason})" for shard, reason in found.items())
+                log.warning("leaving out damaged shards from step %d on: %s", self.step, said)
+            excluded = tuple(sorted({*self.cursor.excluded_shards, *found}))
+            self.seek(replace(self.cursor, excluded_shards=excluded))
+
+    def seek(self, cursor: Cursor) -> None:
+        """Continue at another place in the data."""
+        self.cursor = cursor
+        self.batches.seek(cursor)
+
+    def advance(self) -> None:
+        """A step is done."""
+        self.cursor = replace(self.cursor, step=self.cursor.step + 1)
+
+    def search_clip_interval(self, validation: Validation) -> dict[tuple[float, float], float]:
+        """The variance of every candidate interval; the best is used for training from now on, if so configured."""
+        search, self.validations = self.config.diffusion.clip_search, self.validations + 1
+        is_due = search.enabled and self.config.diffusion.objective in ("bd3lm", "mdlm")
+        if not is_due or self.validations % search.every_validations:
+            return {}
+        size = self.config.block_size
+        schedule = self.engine.process.schedule
+        table = variance_table(validation.moments, search.widths, search.step, size, self.interval, schedule)
+        best = choose_interval(table, self.interval)
+        if search.apply and best != self.interval:
+            log.info("clip interval U[%g, %g] -> U[%g, %g]", *self.interval, *best)
+            self.interval = best
+        return table
+
+    def save(self) -> None:
+        """Save a checkpoint of the steps done.
+
+        Raises:
+            FencedError: on every rank, when the run folder is no longer this job's.
+            ConnectionError: on every rank, when saves cannot succeed any more: better to start again now than later.
+        """
+        _, (cut_off,) = sum_over_ranks(self.engine, [], [int(self.store.is_cut_off)])
+        if cut_off:
+            raise ConnectionError("ranks lost touch with each other during a save")
+        owner = self.agreement.share(self.store.foreign_owner() if self.engine.mesh.is_main_rank else None)
+        if owner is not None:
+            raise FencedError(owner)
+        self.store.save(self.step, self.optimizer.slices(), self._meta())
+
+    def roll_back(self) -> None:
+        """Return to the newest checkpoint and move the data past all that was read since then.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        failed = self.cursor
+        self.store.wait()
+        reader = self.store.newest()
+        if reader is None:
+            raise CheckpointError(f"{self.store.folder} has no checkpoint to roll back to; use runtime.on_nan=skip")
+        restore(self, reader)
+        # from the offset of the failed attempt: the checkpoint knows nothing of an earlier rollback to it
+        offset = failed.data_offset + (failed.step + 1 - self.step) * self.config.train.global_batch_size
+        skipped = offset - self.cursor.data_offset
+        log.warning("rolled back from step %d to %d; %d rows are left out", failed.step, self.step, skipped)
+        self.seek(Cursor(self.step, offset, failed.excluded_shards))
+
+    def close(self) -> None:
+        """Finish the save in flight and stop reading."""
+        self.store.wait()
+        self.batches.close()
+
+    def layout(self) -> dict[str, Any]:
+        """How the model and the batch are cut over the ranks."""
+        mesh = self.engine.mesh
+        return {
+            "tensor": mesh.tensor_size,
+            "pipeline": mesh.pipeline_size,
+            "data": mesh.data_size,
+            "zero_stage": self.config.optim.zero_stage,
+            "sequence_parallel": self.config.parallel.sequence_parallel,
+            "micro_batch_size": self.config.train.micro_batch_size,
+        }
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "tokens": self.step * self.config.train.global_batch_size * self.config.data.context_length,
+            "optimizer_step": self.optimizer.updates,
+            "cursor": asdict(self.cursor),
+            "clip": {"low": self.interval[0], "high": self.interval[1], "validations": self.validations},
+            "policy": self.policy.state(),
+            "config": to_dict(self.config),
+            "layout": self.layout(),
+            "vocab_size": self.stream.vocab_size,
+            "mask_token_id": self.stream.mask_token_id,
+            "tokenizer_hash": self.stream.tokenizer_hash,
+            "versions": {name: version(name) for name in VERSIONS},
+        }
+
+
+def open_session(
+    config: RunConfig,
+    mesh: Mesh,
+    stream: RowStream,
+    agreement: Agreement,
+    lock: RunLock | None = None,
+    fresh: bool = False,
+    step: int | None = None,
+) -> Session:
+    """Build the parts and restore the newest valid checkpoint of run_dir, or init_from, or start at random weights.
+
+    Args:
+        config: checked against world size and vocabulary.
+        mesh: this rank's place.
+        stream: the training rows.
+        agreement: over all ranks.
+        lock: on the run folder.
+        fresh: refuse if run_dir holds a checkpoint.
+        step: resume from this step's checkpoint instead of the newest.
+
+    Raises:
+        ConfigError: the checkpoint was trained with another configuration, or `fresh` is refused.
+        CheckpointError: no usable checkpoint where there should be one.
+    """
+    engine = build_engine(config, mesh, stream.vocab_size, stream.mask_token_id, agreement.group)
+    folder = Path(config.run_dir) / "checkpoints"
+    store = CheckpointStore(folder, config.checkpoint, mesh.rank, mesh.world_size, new_host_group(), lock)
+    plan = BatchPlan(config.train.global_batch_size, config.train.micro_batch_size, mesh.data_rank, mesh.data_size)
+    reader = store.newest(step)
+    if reader is not None:
+        agreement.run_on_all_ranks(lambda: refuse_differences(reader, config, stream, fresh))
+    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps)
+    interval = (max(config.diffusion.clip_low, config.diffusion.time_epsilon), config.diffusion.clip_high)
+    policy = AnomalyPolicy(config.runtime)
+    session = Session(config, engine, stream, batches, store, agreement, policy, Cursor(), interval)
+    if reader is not None:
+        restore(session, reader)
+        session.resumed_from = reader.path
+        log.info("resumed %s (step %d, saved as %s)", reader.path, session.step, reader.meta.get("layout"))
+        if config.model.dropout > 0 and reader.meta.get("layout") != session.layout() and mesh.is_main_rank:
+            log.warning("another layout with dropout: the same tokens, masks and times, but other dropout masks")
+    elif config.train.init_from:
+        start_from(session, config.train.init_from, config.train.init_weights)
+    store.prepare(session.optimizer.slices())
+    agreement.run_on_all_ranks(lambda: write_run_folder(config, stream) if mesh.is_main_rank else None)
+    return session
+
+
+def restore(session: Session, reader: CheckpointReader) -> None:
+    """Take up weights, optimizer state, place in the data and clip interval of a checkpoint, whatever its layout."""
+    meta = reader.meta
+    if meta.get("contents") != "full":
+        raise CheckpointError(
+            f"{reader.path} holds weights only and cannot be resumed; use train.init_from={reader.path}"
+        )
+    session.agreement.run_on_all_ranks(lambda: reader.fill(session.optimizer.slices()))
+    faults.point("restore", meta["step"])
+    session.optimizer.restored(meta["optimizer_step"])
+    saved = meta["cursor"]
+    session.seek(Cursor(meta["step"], saved["data_offset"], tuple(saved["excluded_shards"])))
+    session.interval = (meta["clip"]["low"], meta["clip"]["high"])
+    session.validations = meta["clip"]["validations"]
+    session.policy.restore(meta["policy"])
+
+
+def start_from(session: Session, source: str, weights: str) -> None:
+    """Begin a new run at the weights of another: optimizer and step fresh, the average starting at those weights.
+
+    Raises:
+        ConfigError: the other run's model has other parameters or another vocabulary.
+    """
+
+    def fill() -> tuple[CheckpointReader, str]:
+        reader = open_checkpoint(find_checkpoint(source))
+        refuse_other_model(reader, session.config, session.stream)
+        kind = "ema" if weights == "ema" and "ema" in reader.kinds() else "master"
+        reader.fill(session.optimizer.slices(), {"master": kind})
+        return reader, kind
+
+    reader, kind = session.agreement.run_on_all_ranks(fill)
+    session.optimizer.restored(0)
+    session.optimizer.reset_ema()
+    log.info("started from the %s weights of %s (step %s)", kind, reader.path, reader.meta.get("step"))
+
+
+def write_run_folder(config: RunConfig, stream: RowStream) -> None:
+    """Keep the resolved configuration and the tokenizer in the run folder (rank 0)."""
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    if not (folder / "tokenizer").exists():
+        temporary = folder / ".tokenizer"
+        shutil.copytree(stream.tokenizer_path, temporary, dirs_exist_ok=True)
+        temporary.rename(folder / "tokenizer")
+
+
+def set_threads(config: RunConfig, device: torch.device) -> None:
+    """CPU threads per rank: one keeps runs comparable and ranks out of each other's way."""
+    if device.type == "cpu" and config.train.threads > 0:
+        torch.set_num_threads(config.train.threads)
