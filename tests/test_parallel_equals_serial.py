@@ -144,7 +144,7 @@ def launch(world: int, folder: Path, cases: dict[str, list[str]]) -> None:
 
 
 def read_gradients(folder: Path, name: str, world: int) -> tuple[dict, dict]:
-    """(gradients that entered the reduction, by parameter: (world, micro-batches, elements); what came out: (elements,))."""
+    """By parameter: gradients that entered the reduction (world, micro-batches, elements); what came out (elements)."""
     ranks = [dict(np.load(folder / f"{name}.rank{rank}.npz")) for rank in range(world)]
     entered = {key[:-3]: np.stack([rank[key] for rank in ranks]) for key in ranks[0] if key.endswith("/in")}
     left = {key: np.full(grads.shape[-1], np.nan, np.float32) for key, grads in entered.items()}

@@ -147,7 +147,7 @@ def harm(what: str, engine: Engine, policy: AnomalyPolicy):
 
 
 def record_gradients(overrides: list[str], output: Path, world_size: int) -> None:
-    """At step BAD_STEP: each parameter's gradients as they leave backward here, and the reduced ones that Adam is given.
+    """At step BAD_STEP: each parameter's gradients as they leave backward here, and the reduced ones Adam is given.
 
     With beta1 = 0 the first moment is the gradient itself; the clip is out of reach; the steps before it move the
     weights that start at zero, behind which there is no gradient.
