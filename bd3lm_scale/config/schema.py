@@ -195,6 +195,8 @@ class OptimConfig:
     min_lr: NonNegative = 0.0
     """Where the cosine ends."""
     ema_decay: Decay = 0.9999
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How gradients are summed over data-parallel ranks; bf16 halves the traffic and rounds every sum."""
 
 
 @dataclass(frozen=True, config=_SECTION)
