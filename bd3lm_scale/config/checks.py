@@ -7,9 +7,7 @@ import math
 
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.errors import ConfigError
-
-VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this inside, independently of the layout."""
+from bd3lm_scale.model.parameters import VOCAB_MULTIPLE, padded_vocab_size
 
 MIN_FLEX_WIDTH = 16
 """FlexAttention's kernels need heads at least this wide."""
@@ -40,11 +38,6 @@ def problems(config: RunConfig, world_size: int | None = None, vocab_size: int |
     if world_size is not None:
         found += _world(config, world_size)
     return found
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """The number of embedding rows: the vocabulary padded to a multiple of VOCAB_MULTIPLE."""
-    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def num_micro_batches(config: RunConfig, data_parallel_size: int) -> int:
