@@ -82,8 +82,8 @@ class Alignment:
             has_hole_B = (self.is_real_BL[:, 1:] & ~self.is_real_BL[:, :-1]).any(1)
             if bool(has_hole_B.any()):
                 raise ValueError(
-                    f"attention_mask: rows {has_hole_B.nonzero().flatten().tolist()} have padding between their tokens; "
-                    "pad at the left or the right end only"
+                    f"attention_mask: rows {has_hole_B.nonzero().flatten().tolist()} have padding between their "
+                    "tokens; pad at the left or the right end only"
                 )
 
     def _first(self, is_real_BL, column_L):

@@ -458,9 +458,9 @@ class BD3LM(BlockGeneration, Likelihood, Vocabulary, PreTrainedModel, Generation
             and not (input_ids == self.config.mask_token_id).any()
         ):
             raise ValueError(
-                f"a {self.config.objective} model's logits at a token do not predict the next one, and text without masks "
-                "has nothing to predict: use model.score(ids) for likelihoods (labels=ids for a loss), model.generate(...) "
-                "for text, or AutoModelForMaskedLM for the denoiser's logits"
+                f"a {self.config.objective} model's logits at a token do not predict the next one, and text without "
+                "masks has nothing to predict: use model.score(ids) for likelihoods (labels=ids for a loss), "
+                "model.generate(...) for text, or AutoModelForMaskedLM for the denoiser's logits"
             )
 
 

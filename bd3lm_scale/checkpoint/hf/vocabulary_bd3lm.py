@@ -22,8 +22,8 @@ class Vocabulary:
         Args:
             new_num_tokens: ids afterwards; None keeps them (and may still pad).
             pad_to_multiple_of: round up.
-            mean_resizing: new rows are the mean of those of all ids but the mask; otherwise they are drawn as in a fresh
-                model (embedding) or zero (head).
+            mean_resizing: new rows are the mean of those of all ids but the mask; otherwise they are drawn as in a
+                fresh model (embedding) or zero (head).
 
         Returns:
             The embedding module.
@@ -39,7 +39,8 @@ class Vocabulary:
         special += [getattr(self.config, f"{role}_token_id", None) or 0 for role in ("bos", "eos", "pad")]
         if new <= max(special):
             raise ValueError(
-                f"new_num_tokens ({new}): the model needs its special ids (mask {special[0]}); use at least {max(special) + 1}"
+                f"new_num_tokens ({new}): the model needs its special ids (mask {special[0]}); "
+                f"use at least {max(special) + 1}"
             )
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         embedding.embedding = self._resized(

@@ -1,4 +1,4 @@
-"""What recipes for fine-tuning ask of a model: PEFT, new tokens, checkpointed activations, embeddings, hidden states."""
+"""What recipes for fine-tuning ask: PEFT, new tokens, checkpointed activations, embeddings, hidden states."""
 
 import pytest
 import torch
@@ -168,7 +168,7 @@ def test_a_causal_lm_refuses_what_next_token_scorers_ask(objective, tmp_path):
         assert torch.equal(causal(text).logits, model(text).logits)
         return
     for options in ({}, {"timesteps": sigma}, {"attention_mask": torch.ones_like(text)}):
-        with pytest.raises(ValueError, match="use model.score\\(ids\\)"):
+        with pytest.raises(ValueError, match=r"use model\.score\(ids\)"):
             causal(text, **options)
     noisy = text.clone()
     noisy[:, 5] = 29
