@@ -115,11 +115,17 @@ def _apply(base: Document, overrides: Sequence[str], refused: Problems) -> Docum
         except (YamlTextError, OmegaConfBaseException, ValueError, TypeError, KeyError, IndexError) as error:
             refused[name] = [f"{name} ({show(value)}): cannot be applied: {show(error)}; use field=value"]
             continue
-        for known, news in ((written, document.written), (unused, document.refused)):
-            for old in [old for old in known if old == name or old.startswith((f"{name}.", f"{name}["))]:
-                del known[old]
-            known.update({f"{name}.{deeper}".rstrip(".").replace(".[", "["): what for deeper, what in news.items()})
+        _replace_under(name, written, document.written)
+        _replace_under(name, unused, document.refused)
     return Document(_merge(base.values, changes) if overrides else base.values, written, unused)
+
+
+def _replace_under(name: str, known: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Put what is known of a new value and its parts in place of what was known of the old one."""
+    for old in [old for old in known if old == name or old.startswith((f"{name}.", f"{name}["))]:
+        del known[old]
+    for part, what in new.items():
+        known[f"{name}.{part}" if part and not part.startswith("[") else f"{name}{part}"] = what
 
 
 def _merge(values: Any, changes: Any) -> Any:

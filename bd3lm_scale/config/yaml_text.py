@@ -126,6 +126,7 @@ def _construct(loader: _Loader, node: yaml.Node, name: str, document: Document) 
     if isinstance(node, yaml.SequenceNode):
         items = [_construct(loader, item, f"{name}[{i}]", document) for i, item in enumerate(node.value)]
         return _REFUSED if any(item is _REFUSED for item in items) else items
+    assert isinstance(node, yaml.ScalarNode)
     if node.style is None:
         document.written[name] = node.value
     refusal = _refusal(node)
@@ -167,7 +168,7 @@ def _merged_parts(node: yaml.Node) -> Iterator[yaml.MappingNode]:
 _REFUSED: Any = object()
 
 
-def _refusal(node: yaml.Node) -> tuple[str, str] | None:
+def _refusal(node: yaml.ScalarNode) -> tuple[str, str] | None:
     """(reason, remedy) for a scalar that YAML reads as another number than it seems, or that stands for another."""
     text = node.value
     if "${" in text:
