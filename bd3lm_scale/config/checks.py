@@ -116,8 +116,12 @@ def _diffusion(config: RunConfig) -> list[str]:
         found.append("diffusion.time_conditioning (false): score entropy needs the noise level; use null or true")
     if objective == "ar" and diffusion.time_conditioning:
         found.append("diffusion.time_conditioning (true): ar has no noise level; use null or false")
-    if diffusion.resample and objective != "bd3lm":
-        found.append(f"diffusion.resample (true): redraws blocks, and {objective} has none; use false")
+    if diffusion.resample and objective == "ar":
+        found.append("diffusion.resample (true): redraws masks, and ar has none; use false")
+    if diffusion.mask_counts == "stratified" and objective == "ar":
+        found.append("diffusion.mask_counts (stratified): ar masks nothing; use binomial")
+    if diffusion.mask_counts == "stratified" and diffusion.resample:
+        found.append("diffusion.mask_counts (stratified): there is nothing for diffusion.resample to redraw; use one")
     if diffusion.mdlm_loss_scale and objective not in ("mdlm", "sedd"):
         found.append(f"diffusion.mdlm_loss_scale (true): not a parameterization of {objective}; use false")
     return found

@@ -10,6 +10,7 @@ CHOICES = {
     "precision": ("fp32", "bf16"),
     "data.on_bad_shard": ("stop", "skip"),
     "diffusion.objective": ("bd3lm", "mdlm", "ar", "sedd"),
+    "diffusion.mask_counts": ("binomial", "stratified"),
     "diffusion.schedule": ("loglinear", "cosine", "square", "square_root", "log"),
     "model.attention": ("auto", "flex", "chunked", "dense"),
     "parallel.recompute": ("none", "selective", "full"),
