@@ -8,8 +8,9 @@ often k is masked with which weight (`mask_counts.count_weights`). With l = w u 
 
 for every interval of every schedule, with `resample` or without, integrated over the time exactly.
 
-Intervals compare by their relative variance Var l / (E l)^2: where the total weight E[w k]/S differs by interval,
-variances do not compare, since the optimizer is indifferent to the loss's scale.
+Off loglinear the total weight E[w p] of a masked token differs by interval, and with it the scale of the loss, to which
+the optimizer is indifferent. So intervals compare by their relative variance Var l / E[w p]^2; under loglinear, whose
+total weight is 1 on every interval, that is the variance itself, the paper's criterion.
 
 Where the network is told the time, E[u | k] is the mean over the times that evaluation had with k: an approximation.
 """
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3lm_scale.diffusion.mask_counts import count_weights
+from bd3lm_scale.diffusion.mask_counts import count_weights, total_weight
 from bd3lm_scale.diffusion.process import Process
 from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES, get_schedule
 from bd3lm_scale.values import LossSum, NoisyRows
@@ -42,16 +43,18 @@ class LossMoments:
     Attributes:
         mean, variance: over the training noise and the text; nan where they are unknown.
         stderr: standard error of the variance over the blocks that were measured.
+        weight: the schedule's total weight E[w p] on the interval.
     """
 
     mean: float
     variance: float
     stderr: float
+    weight: float
 
     @property
     def relative(self) -> float:
-        """Variance of the loss in units of its mean, the criterion of the search; nan where unknown."""
-        return self.variance / self.mean**2 if self.mean > 0 else math.nan
+        """Variance in units of the total weight, the criterion of the search; nan where unknown."""
+        return self.variance / self.weight**2
 
 
 class CountMoments:
@@ -94,13 +97,13 @@ class CountMoments:
             interval: (low, high) in the process's time.
             process: of the training that is asked about; block size, schedule and noise.
         """
-        return self._combine(count_weights(process, interval))
+        return self._combine(count_weights(process, interval), total_weight(process, interval))
 
-    def _combine(self, law: Tensor) -> LossMoments:
+    def _combine(self, law: Tensor, total: float) -> LossMoments:
         seen = self.sums[0] > 0
         seen[0] = False  # nothing is masked there: the loss is 0
         if self.sums[0].sum() < 2 or not seen.any() or not bool(law.isfinite().all()):
-            return LossMoments(math.nan, math.nan, math.nan)
+            return LossMoments(math.nan, math.nan, math.nan, total)
         share = torch.arange(self.block_size + 1, dtype=torch.float64) / self.block_size
         weight = torch.zeros(3, len(seen), dtype=torch.float64)
         weight.index_add_(1, _bin_of(torch.arange(self.block_size + 1)), law * share ** torch.arange(3)[:, None])
@@ -109,7 +112,7 @@ class CountMoments:
         several = seen & (number > 1)
         mean, square = float((weight[1] * u1).sum()), float((weight[2] * u2).sum())
         if not several.any():
-            return LossMoments(mean, math.nan, math.nan)
+            return LossMoments(mean, math.nan, math.nan, total)
         covariance = torch.stack([u2 - u1 * u1, u3 - u1 * u2, u4 - u2 * u2]) * (number / (number - 1))
         s11, s12, s22 = _interpolate(covariance, several).clamp(min=0.0) / number
         # the square of an estimated mean is too large by the estimate's own variance
@@ -117,7 +120,7 @@ class CountMoments:
         # to first order the estimate moves with  w2 u^2 - 2 E[l] w1 u  of each block
         spread = weight[2].square() * s22 - 4 * mean * weight[1] * weight[2] * s12
         spread += 4 * mean**2 * weight[1].square() * s11
-        return LossMoments(mean, max(0.0, variance), math.sqrt(max(0.0, float(spread.sum()))))
+        return LossMoments(mean, max(0.0, variance), math.sqrt(max(0.0, float(spread.sum()))), total)
 
 
 def _bin_of(count: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Shapes: B rows, N blocks in a row, S tokens in a block, T times.
 """
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -29,7 +30,9 @@ _NODES, _CELLS = 1024, 1 << 22
 
 
 def allowed_counts(process: Process, interval: tuple[float, float]) -> tuple[int, int]:
-    """First and last number of masked tokens that training keeps under a clip interval; first > last if there is none.
+    """First and last number of masked tokens that training keeps under a clip interval.
+
+    Training is possible where last >= max(first, 1).
 
     With `resample` the masked share lies between the mask rates at the interval's ends; a bound at the end of the full
     range (low = time_epsilon, high = 1) is not enforced.
@@ -74,7 +77,7 @@ def count_weights(process: Process, interval: tuple[float, float]) -> Tensor:
     if process.mask_counts == "stratified":
         return _stratified_law(process, process.training_times(*interval))
     size, (first, last) = process.block_size, allowed_counts(process, interval)
-    if first > last:
+    if last < max(first, 1):
         return torch.full((POWERS, size + 1), math.nan, dtype=torch.float64)
     time_T, share_T = _quadrature(*process.training_interval(*interval))
     rate_T = binomial_rates(time_T, process.schedule)
@@ -83,6 +86,17 @@ def count_weights(process: Process, interval: tuple[float, float]) -> Tensor:
     for part in torch.arange(len(time_T)).split(max(1, _CELLS // (size + 1))):
         law[:, first : last + 1] += powers[:, part] @ _binomial(size, rate_T[part], first, last)
     return law
+
+
+def total_weight(process: Process, interval: tuple[float, float]) -> float:
+    """Mean of w p, the weight that a token has in the loss, over the times of an interval; 1 for loglinear."""
+    low, high = process.training_times(*interval)
+    if high <= low:
+        time = torch.tensor([high], dtype=torch.float64)
+        return float(binomial_weights(time, process.schedule) * binomial_rates(time, process.schedule))
+    # w p = p'
+    rates = process.schedule.mask_rate(torch.tensor([low, high], dtype=torch.float64))
+    return float(rates[1] - rates[0]) / (high - low)
 
 
 def _binomial(size: int, rate_T: Tensor, first: int, last: int) -> Tensor:
@@ -97,10 +111,17 @@ def _quadrature(low: float, high: float, nodes: int = _NODES) -> tuple[Tensor, T
     """Times and their shares, both (T,), for means over U[low, high], low > 0; equal ends are one time."""
     if high <= low:
         return torch.tensor([high], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    node_T, weight_T = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(nodes))
+    node_T, weight_T = _legendre(nodes)
     half = math.log(high / low) / 2
     time_T = low * ((node_T + 1.0) * half).exp()
     return time_T, weight_T * half * time_T / (high - low)
+
+
+@cache
+def _legendre(nodes: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of Gauss-Legendre on [-1, 1], float64: an eigenvalue problem, once per process."""
+    node_T, weight_T = np.polynomial.legendre.leggauss(nodes)
+    return torch.from_numpy(node_T), torch.from_numpy(weight_T)
 
 
 def _stratified_law(process: Process, interval: tuple[float, float]) -> Tensor:

@@ -112,9 +112,9 @@ def _resample(
 ) -> np.ndarray:
     """Redraw whole blocks, at the same time, until their number of masked tokens is an allowed one."""
     size, (first, last) = process.block_size, allowed_counts(process, interval)
-    if first > last:
+    if last < max(first, 1):
         raise ValueError(
-            f"diffusion.resample (true): no number of masked tokens in a block of {size} gives a share in "
+            f"diffusion.resample (true): no number of masked tokens above 0 in a block of {size} gives a share in "
             f"[{interval[0]}, {interval[1]}]; use resample=false or another clip interval"
         )
     blocks_BNS = is_masked_BL.reshape(len(keys), process.num_blocks, size)

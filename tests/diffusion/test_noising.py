@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bd3lm_scale.config.schema import DiffusionConfig
-from bd3lm_scale.diffusion.noising import make_process, noise_rows, noise_rows_for_evaluation, stream_hash
+from bd3lm_scale.diffusion.noising import noise_rows, noise_rows_for_evaluation, stream_hash
+from bd3lm_scale.diffusion.process import make_process
 from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES
 from bd3lm_scale.diffusion.times import draw_times, evaluation_times
 from bd3lm_scale.values import NoisyRows, Rows
