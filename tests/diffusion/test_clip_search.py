@@ -288,7 +288,7 @@ def test_clipping_lowers_the_variance_of_the_gradient_too(trained, measured):
         gradients = GradientMoments()
         for draw in range(60):
             noisy = noise_rows(rows, process, seed=4, step=draw, global_batch_size=32, interval=interval)
-            loss = score(model, noisy, process).weighted_nll / normalizer(process, 32)
+            loss = score(model, noisy, process).weighted_nll / normaliser(process, 32)
             gradients.add(torch.autograd.grad(loss, list(parameters.values())))
         results.append(gradients.result().variance)
     assert results[1] < 0.8 * results[0]
