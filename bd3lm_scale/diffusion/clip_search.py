@@ -184,10 +184,14 @@ def choose_interval(table: dict[Interval, LossMoments], current: Interval) -> In
 
     Intervals of unknown variance (nan) are never chosen; with no known one, `current` stays.
     """
-    known = {interval: loss.relative for interval, loss in table.items() if math.isfinite(loss.relative)}
-    if not known:
+    best = least_noisy(table)
+    if best is None:
         return current
-    best = min(known, key=lambda interval: known[interval])
-    if current in known and known[best] >= known[current] * (1.0 - HYSTERESIS):
-        return current
-    return best
+    in_force = table[current].relative if current in table else math.nan
+    return current if table[best].relative >= in_force * (1.0 - HYSTERESIS) else best
+
+
+def least_noisy(table: dict[Interval, LossMoments]) -> Interval | None:
+    """The interval of least relative variance; None where no variance is known."""
+    known = [interval for interval, loss in table.items() if math.isfinite(loss.relative)]
+    return min(known, key=lambda interval: table[interval].relative, default=None)

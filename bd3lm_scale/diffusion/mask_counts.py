@@ -25,6 +25,9 @@ from bd3lm_scale.diffusion.schedule import Schedule
 POWERS = 3
 """Of the weight: 0, 1 and 2."""
 
+_MET = 3.0
+"""Blocks expected at some times before those times count as seen by a probe."""
+
 _NODES, _CELLS = 1024, 1 << 22
 """Gauss-Legendre nodes in ln t; largest table of binomial chances held at once."""
 
@@ -76,10 +79,37 @@ def count_weights(process: Process, interval: tuple[float, float]) -> Tensor:
     """
     if process.mask_counts == "stratified":
         return _stratified_law(process, process.training_times(*interval))
-    size, (first, last) = process.block_size, allowed_counts(process, interval)
+    return _binomial_law(process, process.training_interval(*interval), allowed_counts(process, interval))
+
+
+def unseen_share(process: Process, interval: tuple[float, float], blocks: int) -> float:
+    """Share of the second moment of w that lies at times so small that `blocks` blocks are likely to miss them.
+
+    The loss's tail at the singular end of 1/t: below a time under which three blocks with a masked token are expected,
+    the draws know neither the variance nor how uncertain it is.
+    """
+    low, high = process.training_interval(*interval)
+    counts = allowed_counts(process, interval)
+    if process.mask_counts == "stratified" or high <= low or counts[1] < max(counts[0], 1):
+        return 0.0
+
+    def below(time: float) -> tuple[float, float]:
+        law = _binomial_law(process, (low, time), counts) * (time - low) / (high - low)
+        return float(law[0, 1:].sum()), float(law[2] @ torch.arange(process.block_size + 1, dtype=torch.float64))
+
+    left, right = low, high
+    for _ in range(40):
+        middle = math.sqrt(left * right)
+        left, right = (middle, right) if below(middle)[0] * blocks < _MET else (left, middle)
+    return below(right)[1] / below(high)[1]
+
+
+def _binomial_law(process: Process, times: tuple[float, float], counts: tuple[int, int]) -> Tensor:
+    """`count_weights` of binomial counts, given that they are first ... last, over U[times]."""
+    size, (first, last) = process.block_size, counts
     if last < max(first, 1):
         return torch.full((POWERS, size + 1), math.nan, dtype=torch.float64)
-    time_T, share_T = _quadrature(*process.training_interval(*interval))
+    time_T, share_T = _quadrature(*times)
     rate_T = binomial_rates(time_T, process.schedule)
     powers = binomial_weights(time_T, process.schedule) ** torch.arange(POWERS)[:, None] * share_T
     law = torch.zeros(POWERS, size + 1, dtype=torch.float64)

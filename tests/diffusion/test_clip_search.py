@@ -171,7 +171,7 @@ def test_every_interval_has_the_enumerated_variance_within_its_error_bar(measure
         assert abs(got.variance - want.variance) < 3 * got.stderr, interval
         assert got.stderr < 0.07 * want.variance, interval  # the bar is narrow enough to say something
     chosen = choose_interval({i: table[i] for i in exact}, (0.0, 0.1))
-    assert exact[chosen].relative < 1.02 * min(t.relative for t in exact.values())
+    assert exact[chosen].relative < 1.04 * min(t.relative for t in exact.values())
 
 
 def test_the_interval_depends_on_resample(measured):
@@ -288,7 +288,7 @@ def test_clipping_lowers_the_variance_of_the_gradient_too(trained, measured):
         gradients = GradientMoments()
         for draw in range(60):
             noisy = noise_rows(rows, process, seed=4, step=draw, global_batch_size=32, interval=interval)
-            loss = score(model, noisy, process).weighted_nll / normaliser(process, 32)
+            loss = score(model, noisy, process).weighted_nll / num_loss_tokens(process, 32)
             gradients.add(torch.autograd.grad(loss, list(parameters.values())))
         results.append(gradients.result().variance)
     assert results[1] < 0.8 * results[0]
