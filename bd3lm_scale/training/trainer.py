@@ -14,6 +14,7 @@ import torch
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.config.load import to_dict, to_yaml
+from bd3lm_scale.config.resume import decay_news, keep_decay_steps
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import RowStream
@@ -225,6 +226,11 @@ def open_session(
     reader = store.newest(step)
     if reader is not None:
         agreement.run_on_all_ranks(lambda: refuse_differences(reader, config, stream, fresh))
+    saved = None if reader is None else reader.meta["config"]
+    config = keep_decay_steps(config, saved)
+    if mesh.is_main_rank:
+        for line in decay_news(config, saved):
+            log.info(line)
     batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps)
     interval = (max(config.diffusion.clip_low, config.diffusion.time_epsilon), config.diffusion.clip_high)
     policy = AnomalyPolicy(config.runtime)
