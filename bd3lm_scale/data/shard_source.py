@@ -79,9 +79,13 @@ class ShardSource:
             out[chosen] = wrap_rows(rows, self.tokenizer) if self.config.wrap_rows else rows
         return out
 
-    @cached_property
+    @property
     def rows_by_weight(self) -> np.ndarray:
         """All validation rows (num_rows,), so that any first N hold the datasets by weight, as far as these reach."""
+        return self._rows_by_weight
+
+    @cached_property
+    def _rows_by_weight(self) -> np.ndarray:
         rows = [dataset.order.num_rows for dataset in self._datasets]
         return weighted_order([m.weight for m in self.config.mixture] or [1.0], rows)
 
