@@ -79,15 +79,15 @@ class ShardSource:
             out[chosen] = wrap_rows(rows, self.tokenizer) if self.config.wrap_rows else rows
         return out
 
-    @property
-    def rows_by_weight(self) -> np.ndarray:
-        """All validation rows (num_rows,), so that any first N hold the datasets by weight, as far as these reach."""
-        return self._rows_by_weight
+    def by_weight(self, position: np.ndarray) -> np.ndarray:
+        """The row (n,) at each place of an order whose first N places hold a mixture's datasets by weight."""
+        is_mixed = self.split == "validation" and len(self._datasets) > 1
+        return self._rows_by_weight[position] if is_mixed else position
 
     @cached_property
     def _rows_by_weight(self) -> np.ndarray:
         rows = [dataset.order.num_rows for dataset in self._datasets]
-        return weighted_order([m.weight for m in self.config.mixture] or [1.0], rows)
+        return weighted_order([m.weight for m in self.config.mixture], rows)
 
     def dataset_of(self, sample_index: np.ndarray) -> np.ndarray:
         """Number of the dataset, in a mixture's order, that each row (n,) comes from."""

@@ -25,9 +25,8 @@ class Source(Protocol):
         """Rows (n, L) in `dtype` for int64 sample indices (n,)."""
         ...
 
-    @property
-    def rows_by_weight(self) -> np.ndarray:
-        """All validation rows (num_rows,), so that any first N hold a mixture's datasets by weight."""
+    def by_weight(self, position: np.ndarray) -> np.ndarray:
+        """The row (n,) at each place of an order whose first N places hold a mixture's datasets by weight."""
         ...
 
     def is_left_out(self, sample_index: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ class RowStream:
 
         The first N places hold a mixture's datasets by weight. BadShardError as for training rows.
         """
-        index = self.source.rows_by_weight[position]
+        index = self.source.by_weight(position)
         rows, is_left_out = self.read(index), self.source.is_left_out(index)
         self.refuse_mask(rows[~is_left_out], index[~is_left_out])
         return rows, is_left_out

@@ -74,10 +74,9 @@ class TextSource:
             self._next = wanted + 1
         return wrap_rows(out, self.tokenizer) if self.config.wrap_rows else out
 
-    @property
-    def rows_by_weight(self) -> np.ndarray:
-        """The validation rows as they are."""
-        return np.arange(self.num_rows)
+    def by_weight(self, position: np.ndarray) -> np.ndarray:
+        """The rows as they are."""
+        return position
 
     def is_left_out(self, sample_index: np.ndarray) -> np.ndarray:
         """None: damaged shards give no rows to begin with."""
