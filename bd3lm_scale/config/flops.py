@@ -30,7 +30,7 @@ def forward_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
     two_halves = config.diffusion.objective == "bd3lm"
     spared_products = length * (products // arch.num_layers - keys_and_values) if two_halves else 0
     spared_pairs = pairs // 2 if two_halves else 0
-    mean_mask_rate = (max(config.diffusion.clip_low, config.diffusion.time_epsilon) + config.diffusion.clip_high) / 2
+    mean_mask_rate = sum(config.diffusion.clip_interval) / 2
     scored = length - 1 if config.diffusion.objective == "ar" else mean_mask_rate * length
     return {
         "linear layers": 2.0 * (config.sequence_length * products - spared_products),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bd3lm_scale.config.schema import DiffusionConfig
+from bd3lm_scale.config.schema import DiffusionConfig, clip_interval
 from bd3lm_scale.diffusion.schedule import Schedule, get_schedule
 
 
@@ -42,7 +42,7 @@ class Process:
 
     def training_interval(self, low: float, high: float) -> tuple[float, float]:
         """The clip interval (low, high) as it is named everywhere: [max(low, time_epsilon), high]."""
-        return max(low, self.time_epsilon), high
+        return clip_interval(low, high, self.time_epsilon)
 
     def training_times(self, low: float, high: float) -> tuple[float, float]:
         """The interval that training times come from.

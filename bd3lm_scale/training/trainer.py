@@ -231,8 +231,8 @@ def open_session(
     if mesh.is_main_rank:
         for line in decay_news(config, saved):
             log.info(line)
-    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps)
-    interval = (max(config.diffusion.clip_low, config.diffusion.time_epsilon), config.diffusion.clip_high)
+    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps, True)
+    interval = config.diffusion.clip_interval
     policy = AnomalyPolicy(config.runtime)
     session = Session(config, engine, stream, batches, store, agreement, policy, Cursor(), interval)
     if reader is not None:

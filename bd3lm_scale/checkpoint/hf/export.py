@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bd3lm_scale.checkpoint.hf.generation_bd3lm import SAMPLERS
 from bd3lm_scale.checkpoint.hf.model_card import model_card, training_rows
 from bd3lm_scale.checkpoint.hf.tokenizer_files import TokenizerLike, TokenizerReport, export_tokenizer
 from bd3lm_scale.checkpoint.names import (
@@ -32,7 +33,8 @@ from bd3lm_scale.checkpoint.names import (
     to_published,
 )
 from bd3lm_scale.config.load import from_dict
-from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.config.schema import RunConfig, clip_interval
+from bd3lm_scale.diffusion.registry import samplers_for
 
 CODE_FILES = tuple(
     f"{part}_bd3lm.py" for part in ("configuration", "modeling", "generation", "likelihood", "inputs", "vocabulary")
@@ -89,6 +91,7 @@ def export_hf(
     max_shard_size: str | int = "5GB",
     tokenizer: TokenizerLike | None = None,
     figures: dict[str, Any] | None = None,
+    sampler: str | None = None,
 ) -> ExportReport:
     """Write a checkpoint as a Hugging Face folder.
 
@@ -100,9 +103,11 @@ def export_hf(
         max_shard_size: bytes, or text as "5GB"; larger models are split, with an index.
         tokenizer: the run's tokenizer; None leaves it out.
         figures: training figures for the model card.
+        sampler: default of the exported `generate`; None: the run's sampling.sampler.
 
     Raises:
-        ValueError: an unknown choice, or a checkpoint whose tensors do not fit its configuration.
+        ValueError: an unknown choice, a sampler the exported class does not have, or a checkpoint whose tensors do not
+            fit its configuration.
         FileExistsError: the destination is not empty.
     """
     destination = Path(destination)
@@ -111,7 +116,9 @@ def export_hf(
     if dtype not in DTYPES:
         raise ValueError(f"dtype ({dtype}): unknown; use {' or '.join(DTYPES)}")
     kind = kind_of(reader, weights)
-    config, vocab_size = from_dict(reader.meta["config"]), int(reader.meta["vocab_size"])
+    overrides = [] if sampler is None else [f"sampling.sampler={sampler}"]
+    config, vocab_size = from_dict(reader.meta["config"], overrides), int(reader.meta["vocab_size"])
+    exported_sampler(config)
     arch = Architecture.of(config, vocab_size)
     check_native(reader, arch, kind)
     destination.mkdir(parents=True, exist_ok=True)
@@ -157,7 +164,7 @@ def config_fields(
     """The content of config.json: the published fields, and what they leave unsaid."""
     objective = config.diffusion.objective
     clip = meta.get("clip") or {"low": config.diffusion.clip_low, "high": config.diffusion.clip_high}
-    low = max(float(clip["low"]), config.diffusion.time_epsilon)
+    low, high = clip_interval(float(clip["low"]), float(clip["high"]), config.diffusion.time_epsilon)
     fields = {
         "architectures": ["BD3LM"],
         "auto_map": {
@@ -188,7 +195,7 @@ def config_fields(
         "tie_word_embeddings": False,
         "var_min": objective == "bd3lm",
         "sampling_eps_min": low,
-        "sampling_eps_max": float(clip["high"]),
+        "sampling_eps_max": high,
         "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
         "transformers_version": "4.49.0",
         "training": {
@@ -203,15 +210,38 @@ def config_fields(
     return fields
 
 
+def exported_sampler(config: RunConfig) -> str:
+    """The run's sampler, where the exported class has it.
+
+    Raises:
+        ValueError: it has not, or not with this noise schedule.
+    """
+    sampling, diffusion = config.sampling, config.diffusion
+    default = samplers_for(diffusion.objective)[0]
+    name = default if sampling.sampler == "auto" else sampling.sampler
+    known = {"ar": ("ar",), "sedd": ("analytic",)}.get(diffusion.objective, SAMPLERS)
+    if name not in known:
+        raise ValueError(
+            f"sampling.sampler ({name}): the exported model's generate has no such sampler; "
+            f"use to-hf --sampler {default} (it has {', '.join(known)})"
+        )
+    if name == "ancestral" and diffusion.schedule != "loglinear":
+        raise ValueError(
+            f"diffusion.schedule ({diffusion.schedule}): the exported model's ancestral sampler follows the loglinear "
+            f"schedule; use to-hf --sampler {default}, which needs no schedule"
+        )
+    return name
+
+
 def generation_fields(config: RunConfig, tokenizer: TokenizerReport | None) -> dict[str, Any]:
     """The content of generation_config.json: defaults of `generate`."""
-    sampling = config.sampling
+    sampling, objective = config.sampling, config.diffusion.objective
     fields: dict[str, Any] = {
         "do_sample": True,
         "max_new_tokens": sampling.length,
         "temperature": sampling.temperature or 1.0,
         "top_p": sampling.nucleus_p,
-        "sampler": "ancestral" if sampling.sampler == "ancestral" else "first_hitting",
+        "sampler": exported_sampler(config) if objective in ("bd3lm", "mdlm") else "first_hitting",
         "num_steps": min(sampling.steps, config.data.context_length),
         "transformers_version": "4.49.0",
     }

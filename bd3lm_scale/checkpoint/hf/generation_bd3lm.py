@@ -15,6 +15,9 @@ import torch
 
 from .likelihood_bd3lm import TIME_EPSILON, sigma_of
 
+SAMPLERS = ("first_hitting", "ancestral")
+"""Of block diffusion and MDLM; sedd has its analytic sampler, ar goes token by token."""
+
 
 @dataclass
 class Settings:
@@ -163,8 +166,8 @@ class BlockGeneration:
         settings = Settings(**{name: value for name, value in values.items() if name in known and value is not None})
         if isinstance(settings.eos_token_id, list):
             settings.eos_token_id = settings.eos_token_id[0]
-        if settings.sampler not in ("first_hitting", "ancestral"):
-            raise ValueError(f"sampler ({settings.sampler}): unknown; use first_hitting or ancestral")
+        if settings.sampler not in SAMPLERS:
+            raise ValueError(f"sampler ({settings.sampler}): unknown; use {' or '.join(SAMPLERS)}")
         if settings.num_steps < 1:
             raise ValueError(f"num_steps ({settings.num_steps}): must be at least 1")
         return settings

@@ -5,7 +5,7 @@ noisy point, projects the predicted distribution back to almost-one-hot points a
 (Algorithm 2 of the paper). The last step's draw gives the tokens.
 
 `sampling.sampler=simplex` runs it on a block-diffusion model: the network reads each position's mean embedding under
-its distribution, as SSD-LM's does. A model trained by masking has never seen such mixtures: it is a baseline of generation.
+its distribution, as SSD-LM's does. A model trained by masking has never seen such mixtures.
 
 Shapes: B rows, S tokens in a block, R = B*S, V vocabulary.
 """
