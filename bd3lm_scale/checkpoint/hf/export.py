@@ -37,7 +37,16 @@ from bd3lm_scale.config.schema import RunConfig
 
 CODE_FILES = tuple(
     f"{part}_bd3lm.py"
-    for part in ("configuration", "modeling", "generation", "likelihood", "settings", "inputs", "vocabulary")
+    for part in (
+        "configuration",
+        "modeling",
+        "generation",
+        "likelihood",
+        "progress",
+        "settings",
+        "inputs",
+        "vocabulary",
+    )
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -161,7 +161,7 @@ def _said(config, defaults=None):
     """
     said = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
     if hasattr(config, "threshold"):  # of an export, which says all of this
-        said["top_k"] = config.top_k
+        said |= {"do_sample": config.do_sample, "top_k": config.top_k}
     is_copy = hasattr(config, "num_steps") or getattr(config, "_from_model_config", False)
     if defaults is not None and not is_copy and defaults.get("do_sample") is not None:
         said.setdefault("do_sample", config.do_sample)
