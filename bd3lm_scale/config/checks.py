@@ -90,10 +90,37 @@ def _diffusion(config: RunConfig) -> list[str]:
         found.append("diffusion.time_conditioning (false): score entropy needs the noise level; use null or true")
     if objective == "ar" and diffusion.time_conditioning:
         found.append("diffusion.time_conditioning (true): ar has no noise level; use null or false")
-    if diffusion.resample and objective != "bd3lm":
-        found.append(f"diffusion.resample (true): redraws blocks, and {objective} has none; use false")
+    found += _mask_counts(config)
     if diffusion.mdlm_loss_scale and objective not in ("mdlm", "sedd"):
         found.append(f"diffusion.mdlm_loss_scale (true): not a parameterization of {objective}; use false")
+    return found
+
+
+def _mask_counts(config: RunConfig) -> list[str]:
+    """What decides how many tokens of a block are masked: stratified counts, or the binomial with `resample`."""
+    diffusion, size, found = config.diffusion, config.block_size, []
+    name = f"diffusion.mask_counts ({diffusion.mask_counts})"
+    if diffusion.mask_counts == "stratified":
+        is_told = diffusion.time_conditioning or (diffusion.objective == "sedd" and diffusion.time_conditioning is None)
+        if diffusion.objective == "ar":
+            found.append(f"{name}: ar masks nothing; use binomial")
+        elif is_told:
+            found.append(f"{name}: a network that is told the time needs masks drawn at that time; use binomial")
+        if diffusion.resample:
+            found.append(f"{name}: leaves diffusion.resample nothing to redraw; use diffusion.resample=false")
+        return found
+    if not diffusion.resample:
+        return found
+    if diffusion.objective == "ar":
+        return ["diffusion.resample (true): redraws masks, and ar has none; use false"]
+    low, high = diffusion.clip_low, diffusion.clip_high
+    least = low if low > diffusion.time_epsilon else 0.0
+    # under other schedules the shares lie between the mask rates at these times; the first step checks those
+    if diffusion.schedule == "loglinear" and not any(least <= k / size <= high for k in range(1, size + 1)):
+        found.append(
+            f"diffusion.resample (true): no number of masked tokens above 0 in a block of {size} gives a share in "
+            f"[{low}, {high}]; use resample=false or another clip interval"
+        )
     return found
 
 

@@ -135,6 +135,9 @@ class DiffusionConfig:
     """Keep each row's first token clean and leave it out of evaluation (always false for ar)."""
     resample: Flag = False
     """Redraw blocks whose masked share leaves the clip interval (the reference's trick; docs/method.md)."""
+    mask_counts: Literal["binomial", "stratified"] = "binomial"
+    """binomial: each token by itself at the mask rate; stratified: the number of masked tokens first, all equally often
+    over the global batch, then their places (docs/method.md)."""
     mdlm_loss_scale: Flag = False
     """Use the sigma parameterization of the loss weight (SEDD and MDLM baselines of Sahoo et al.)."""
     clip_search: ClipSearchConfig = field(default_factory=ClipSearchConfig)
