@@ -72,8 +72,8 @@ class Batch:
     @property
     def num_given(self) -> int:
         """Tokens before the first open place of any row."""
-        is_open_T = self.is_open_BT.any(axis=0)
-        return int(is_open_T.argmax()) if is_open_T.any() else len(is_open_T)
+        open_T = np.flatnonzero(self.is_open_BT.any(axis=0))
+        return int(open_T[0]) if open_T.size else self.is_open_BT.shape[1]
 
     def count_updates(self, rows: np.ndarray, filled: FilledBlock, start: int) -> None:
         """Book a block's updates as NFE, once it is known where its rows end."""
