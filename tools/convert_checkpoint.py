@@ -283,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
     sub.add_argument("--step", type=int, help="this step's checkpoint of a run; default: the newest")
     sub.add_argument("--tokenizer", metavar="PATH", help="default: the run's")
-    sub.add_argument("--sampler", metavar="NAME", help="default of the exported generate; default: the run's")
+    sub.add_argument("--sampler", metavar="NAME", help="what generate uses by default; default: the run's")
     sub.add_argument("--push", metavar="OWNER/NAME", help="upload with huggingface_hub as a private repository")
     sub.add_argument("--public", action="store_true", help="with --push: make it public")
     for name, run, source in (("from-hf", from_hf, "FOLDER"), ("from-lightning", from_lightning, "FILE.ckpt")):
