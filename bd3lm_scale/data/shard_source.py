@@ -9,7 +9,7 @@ from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.files import open_files
 from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota, weighted_order
 from bd3lm_scale.data.reader import ShardReader
-from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, manifest_from_json
+from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, data_digest, manifest_from_json
 from bd3lm_scale.data.storage import is_remote, join, read_text
 
 
@@ -53,6 +53,11 @@ class ShardSource:
         self._mixture = None
         if len(self._datasets) > 1:
             self._mixture = MixtureOrder(mixture_quota([m.weight for m in config.mixture]), seed)
+
+    @property
+    def data_hash(self) -> str:
+        """Hash of all shards in order; a copy elsewhere has the same."""
+        return data_digest(dataset.manifest for dataset in self._datasets)
 
     def seek(self, origin: int) -> None:
         """Told where a batch reader begins; every row can be read at any time, so nothing to do."""
@@ -163,12 +168,15 @@ def read_manifest(config: DataConfig, path: str, split: str) -> Manifest:
     address = inside(path, f"{split}/{MANIFEST}")
     try:
         text = read_text(address, config.retries, config.timeout_seconds)
-    except OSError as problem:
+    except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(
             f"data.path ({path}): cannot read {split}/{MANIFEST} ({problem}); give a folder written by "
             "tools/prepare_data.py (make demo-data builds data/demo)"
         ) from problem
-    return manifest_from_json(text, address)
+    manifest = manifest_from_json(text, address)
+    if manifest.split != split:
+        raise ValueError(f"{address}: describes the split {manifest.split!r}; put the right manifest back")
+    return manifest
 
 
 def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:

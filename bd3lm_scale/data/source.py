@@ -21,6 +21,11 @@ class Source(Protocol):
     dtype: np.dtype
     tokenizer: TokenizerIdentity
 
+    @property
+    def data_hash(self) -> str:
+        """Hash of what the rows are made of; "" for text tokenized on the fly."""
+        ...
+
     def read(self, sample_index: np.ndarray) -> np.ndarray:
         """Rows (n, L) in `dtype` for int64 sample indices (n,)."""
         ...

@@ -16,7 +16,7 @@ from bd3lm_scale.data.shard_source import inside, paths_of, read_manifest, row_p
 from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.source import Source, open_source
 from bd3lm_scale.data.storage import is_remote, retrying, transfer
-from bd3lm_scale.data.tokenizer import load_tokenizer
+from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
 from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.values import Cursor
 
@@ -34,6 +34,7 @@ class RowStream:
         mask_token_id: id of the mask.
         tokenizer_path: local folder with the tokenizer the shards were made with.
         tokenizer_hash: its identity.
+        data_hash: identity of the shards, wherever they lie; "" for text tokenized on the fly.
     """
 
     source: Source
@@ -42,6 +43,7 @@ class RowStream:
     mask_token_id: int
     tokenizer_path: str
     tokenizer_hash: str
+    data_hash: str = ""
 
     def read(self, sample_index: np.ndarray) -> np.ndarray:
         """Rows (n, L) int64 for int64 global sample indices (n,). BadShardError when a shard is unreadable."""
@@ -91,7 +93,9 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
     source = open_source(config, seed, split, tuple(cursor.excluded_shards))
     identity = source.tokenizer
     folder = _tokenizer_folder(config, identity)
-    return RowStream(source, source.num_rows, identity.vocab_size, identity.mask_token_id, folder, identity.hash)
+    return RowStream(
+        source, source.num_rows, identity.vocab_size, identity.mask_token_id, folder, identity.hash, source.data_hash
+    )
 
 
 def bytes_per_token(config: DataConfig, split: str) -> float | None:
@@ -118,6 +122,8 @@ def _tokenizer_folder(config: DataConfig, identity: TokenizerIdentity) -> str:
             f"data.path ({path}): the shards were made with tokenizer {identity.hash[:12]}, but {folder} holds "
             f"{found.hash[:12]}; put the right one back, or run tools/prepare_data.py again"
         )
+    if dataclasses.replace(identity_of(found), files=()) != dataclasses.replace(identity, files=()):
+        raise ValueError(f"data.path ({path}): its manifest has other special ids than its tokenizer; restore it")
     return str(folder)
 
 

@@ -50,6 +50,11 @@ class TextSource:
         self._origin = self._next = 0
         self._rows: Iterator[np.ndarray] | None = None
 
+    @property
+    def data_hash(self) -> str:
+        """Not known before all of the text has been read."""
+        return ""
+
     def seek(self, origin: int) -> None:
         """Start the stream anew at this sample index, unless that is where it started."""
         if origin != self._origin:
