@@ -15,7 +15,7 @@ from bd3lm_scale.data.files import open_cache
 from bd3lm_scale.data.shard_source import inside, paths_of, read_manifest, row_payload
 from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.source import Source, open_source
-from bd3lm_scale.data.storage import is_remote, retrying, transfer
+from bd3lm_scale.data.storage import DamagedError, is_remote, retrying, transfer
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
 from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.values import Cursor
@@ -132,7 +132,7 @@ def _fetch_tokenizer(config: DataConfig, identity: TokenizerIdentity, folder: Pa
         address = inside(paths_of(config)[0], f"tokenizer/{name}")
         try:
             retrying(lambda a=address, n=name: transfer(a, folder / n, config.timeout_seconds), config.retries)
-        except OSError as problem:
+        except (OSError, DamagedError) as problem:
             raise ValueError(f"data.path: cannot read tokenizer/{name} ({problem}); copy the whole folder") from problem
 
 
