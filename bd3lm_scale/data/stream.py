@@ -29,7 +29,7 @@ class RowStream:
 
     Attributes:
         source: what reads them, in this process; worker processes make their own.
-        num_rows: rows per epoch (validation: rows there are).
+        num_rows: rows per epoch (validation: sound rows there are).
         vocab_size: ids, the mask included.
         mask_token_id: id of the mask.
         tokenizer_path: local folder with the tokenizer the shards were made with.
@@ -49,15 +49,15 @@ class RowStream:
         """Rows (n, L) int64 for int64 global sample indices (n,). BadShardError when a shard is unreadable."""
         return self.source.read(sample_index).astype(np.int64)
 
-    def read_held_out(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Validation rows (n, L) int64 at places in the order of evaluation, and which of them are left out (n,).
+    def read_held_out(self, position: np.ndarray) -> np.ndarray:
+        """Validation rows (n, L) int64 at places below num_rows in the order of evaluation.
 
         The first N places hold a mixture's datasets by weight. BadShardError as for training rows.
         """
         index = self.source.by_weight(position)
-        rows, is_left_out = self.read(index), self.source.is_left_out(index)
-        self.refuse_mask(rows[~is_left_out], index[~is_left_out])
-        return rows, is_left_out
+        rows = self.read(index)
+        self.refuse_mask(rows, index)
+        return rows
 
     def refuse_mask(self, rows: np.ndarray, sample_index: np.ndarray) -> None:
         """BadShardError where a text holds the mask: no model can predict it, and the loss would be infinite."""
@@ -69,7 +69,8 @@ class RowStream:
 
     def without(self, excluded: tuple[str, ...]) -> "RowStream":
         """The same stream going without these shards (and only these)."""
-        return dataclasses.replace(self, source=self.source.without(excluded))
+        source = self.source.without(excluded)
+        return dataclasses.replace(self, source=source, num_rows=source.num_sound_rows)
 
     def close(self) -> None:
         """Close all files."""
@@ -94,7 +95,13 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
     identity = source.tokenizer
     folder = _tokenizer_folder(config, identity)
     return RowStream(
-        source, source.num_rows, identity.vocab_size, identity.mask_token_id, folder, identity.hash, source.data_hash
+        source,
+        source.num_sound_rows,
+        identity.vocab_size,
+        identity.mask_token_id,
+        folder,
+        identity.hash,
+        source.data_hash,
     )
 
 

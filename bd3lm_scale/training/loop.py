@@ -75,8 +75,11 @@ def run_loop(
         if spread := stragglers.look(session.step):
             metrics.write("spread", session.step, **vars(spread))
         progress.update(session.step, report.loss)
-        if session.step % config.evaluation.every_steps == 0 or session.step == config.train.steps:
-            _validate(session, held_out, metrics, watchdog)
+        try:
+            held_out = _validate_if_due(session, held_out, metrics, watchdog)
+        except BadShardError as error:
+            code, reason = ExitCode.CONFIG, str(error)
+            break
         if session.step % config.checkpoint.every_steps == 0:
             _save(session, metrics, watchdog)
             saved_at = session.step
@@ -109,8 +112,15 @@ def _save(session: Session, metrics: MetricsWriter, watchdog: Watchdog) -> None:
     session.save()
 
 
-def _validate(session: Session, held_out: RowStream, metrics: MetricsWriter, watchdog: Watchdog) -> None:
-    """NELBO on held-out rows, and the clip interval of least variance."""
+def _validate_if_due(session: Session, held_out: RowStream, metrics: MetricsWriter, watchdog: Watchdog) -> RowStream:
+    """Validate after so many steps and after the last. BadShardError on every rank."""
+    config = session.config
+    is_due = session.step % config.evaluation.every_steps == 0 or session.step == config.train.steps
+    return _validate(session, held_out, metrics, watchdog) if is_due else held_out
+
+
+def _validate(session: Session, held_out: RowStream, metrics: MetricsWriter, watchdog: Watchdog) -> RowStream:
+    """NELBO on held-out rows, and the clip interval of least variance. Returns the rows without damaged shards."""
     config = session.config
     result = validate(
         session.engine,
@@ -141,3 +151,4 @@ def _validate(session: Session, held_out: RowStream, metrics: MetricsWriter, wat
         variance={f"{low:g}-{high:g}": loss.variance for (low, high), loss in table.items()},
         relative_variance={f"{low:g}-{high:g}": loss.relative for (low, high), loss in table.items()},
     )
+    return result.stream
