@@ -16,7 +16,7 @@ from bd3lm_scale.config.schema import DiffusionConfig
 from bd3lm_scale.diffusion.schedule import Schedule, get_schedule
 from bd3lm_scale.diffusion.times import draw_times, evaluation_times
 from bd3lm_scale.rng import derive_key, mix64, random_words
-from bd3lm_scale.values import NoisyRows, Rows
+from bd3lm_scale.values import Interval, NoisyRows, Rows
 
 _MAX_REDRAWS = 10_000
 
@@ -53,14 +53,10 @@ class Process:
         """N, blocks (and so diffusion times) in a row."""
         return self.context_length // self.block_size
 
-    def training_interval(self, low: float, high: float) -> tuple[float, float]:
-        """The interval that training times come from: [max(low, time_epsilon), high]."""
-        return max(low, self.time_epsilon), high
-
-    def evaluation_interval(self) -> tuple[float, float]:
+    def evaluation_interval(self) -> Interval:
         """Where evaluation times come from: (time_epsilon, 1); blocks of one token are exact at (1, 1)."""
         is_exact = self.objective == "bd3lm" and self.block_size == 1
-        return (1.0, 1.0) if is_exact else (self.time_epsilon, 1.0)
+        return Interval(1.0, 1.0) if is_exact else Interval(self.time_epsilon, 1.0)
 
 
 def make_process(config: DiffusionConfig, context_length: int, vocab_size: int, mask_token_id: int) -> Process:
@@ -94,7 +90,7 @@ def make_process(config: DiffusionConfig, context_length: int, vocab_size: int, 
 
 
 def noise_rows(
-    rows: Rows, process: Process, *, seed: int, step: int, global_batch_size: int, interval: tuple[float, float]
+    rows: Rows, process: Process, *, seed: int, step: int, global_batch_size: int, interval: Interval
 ) -> NoisyRows:
     """Noise a training micro-batch; a pure function of (seed, step, position in the global batch).
 
@@ -108,7 +104,7 @@ def noise_rows(
     """
     if process.objective == "ar":
         return _next_token_rows(rows, process)
-    interval = process.training_interval(*interval)
+    interval = Interval(*interval).floored(process.time_epsilon)
     time_BN = draw_times(seed, step, rows.position_B, process.num_blocks, global_batch_size, interval)
     keys = [derive_key(seed, "train masks", step, p) for p in rows.position_B.tolist()]
     is_masked_BL = _draw_masks(keys, time_BN, process.schedule, process)
@@ -118,7 +114,7 @@ def noise_rows(
 
 
 def noise_rows_for_evaluation(
-    rows: Rows, process: Process, *, seed: int, draw: int, num_rows: int, interval: tuple[float, float] | None = None
+    rows: Rows, process: Process, *, seed: int, draw: int, num_rows: int, interval: Interval | None = None
 ) -> NoisyRows:
     """Noise validation rows: the same for a given (seed, draw, row) whatever the batch size or device count.
 
@@ -136,7 +132,7 @@ def noise_rows_for_evaluation(
     if process.objective == "ar":
         return _next_token_rows(rows, process)
     schedule = process.schedule if process.schedule.name == "loglinear" else get_schedule("loglinear")
-    interval = process.evaluation_interval() if interval is None else process.training_interval(*interval)
+    interval = process.evaluation_interval() if interval is None else Interval(*interval).floored(process.time_epsilon)
     time_BN = evaluation_times(seed, draw, rows.position_B, process.num_blocks, num_rows, interval)
     keys = [derive_key(seed, "evaluation masks", draw, row) for row in rows.position_B.tolist()]
     return _assemble(rows, _draw_masks(keys, time_BN, schedule, process), time_BN, schedule, process, training=False)
@@ -161,7 +157,7 @@ def _draw_masks(keys: list[int], time_BN: Tensor, schedule: Schedule, process: P
 
 
 def _resample(
-    is_masked_BL: np.ndarray, keys: list[int], time_BN: Tensor, interval: tuple[float, float], process: Process
+    is_masked_BL: np.ndarray, keys: list[int], time_BN: Tensor, interval: Interval, process: Process
 ) -> np.ndarray:
     """Redraw whole blocks, at the same time, until their masked share lies in the clip interval.
 

@@ -90,6 +90,7 @@ def make_transformer_config(
         deterministic_mode=config.train.deterministic,
         # gloo has no batched send-receive; Megatron's default on GPUs where messages do not overlap computation
         batch_p2p_comm=on_gpu and parallel.interleaved_chunks is None,
+        batch_p2p_sync=False,  # a device-wide wait after every message, for a fault of older versions of torch
         overlap_p2p_comm=parallel.interleaved_chunks is not None,
         # With gloo, freeing a stage's output early gave silent NaN under interleaving.
         deallocate_pipeline_outputs=on_gpu,

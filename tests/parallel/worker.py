@@ -29,7 +29,7 @@ from bd3lm_scale.optim import zero
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh, new_host_group, shutdown
 from bd3lm_scale.parallel.mpu import ModelParallelUnit
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.training.step import train_step
+from bd3lm_scale.training.step import noise_step, train_step
 from bd3lm_scale.validation import validate
 from bd3lm_scale.values import Rows
 
@@ -141,7 +141,8 @@ def harm(what: str, engine: Engine, policy: AnomalyPolicy):
             _, parameter = engine.optimizer.named[-1]
             stack.callback(parameter.register_hook(lambda gradient: gradient * float("nan")).remove)
         elif what == "spike":
-            stack.enter_context(mock.patch.object(policy, "suspicion", return_value="spike: here"))
+            policy._losses.append(0.0)  # any loss is above the median
+            stack.enter_context(mock.patch.object(policy, "loss_limit", return_value=0.0))
         yield
 
 
@@ -167,10 +168,11 @@ def _run_case(name: str, overrides: list[str], harms: str, output: Path, world_s
         if what == "absent":
             continue
         with harm(what, engine, policy):
-            report, verdict = train_step(engine, config, step, batches_of(config, mesh, step), (0.0, 1.0), policy)
-        assert verdict == ("skip" if what else "ok"), (name, step, verdict)
+            noised = noise_step(engine, config, step, batches_of(config, mesh, step), (0.0, 1.0))
+            outcome = train_step(engine, config, step, noised, policy)
+        assert outcome.verdict == ("skip" if what else "ok"), (name, step, outcome.verdict)
         if not what:
-            steps.append(dataclasses.asdict(report))
+            steps.append(dataclasses.asdict(outcome.report))
     result = validate(engine, config, RandomStream(config.data.context_length), rows=10, draws=2, use_ema=True)
     if saves:  # without mpu state is owned twice or not at all, and the store refuses that
         store = CheckpointStore(output / name / "checkpoints", config.checkpoint, mesh.rank, world_size, group)
