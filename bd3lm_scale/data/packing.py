@@ -13,7 +13,7 @@ SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
-class Head:
+class InputCursor:
     """A place between units, and the counts up to there.
 
     Attributes:
@@ -129,7 +129,7 @@ class Splitter:
                 f"--validation-documents {task.validation_documents}: the inputs have only {num_documents} documents"
             )
 
-    def split(self, unit: Unit, tokens: Tokens, head: Head) -> tuple[list[Run], Head]:
+    def split(self, unit: Unit, tokens: Tokens, head: InputCursor) -> tuple[list[Run], InputCursor]:
         """The tokens for each of SPLITS, and the head after the unit."""
         held_out = self._held_out(unit, tokens, head)
         token_held_out = np.repeat(held_out, tokens.lengths)
@@ -138,7 +138,7 @@ class Splitter:
             lengths = np.where(held_out == chosen, tokens.lengths, 0)
             begins = tokens.starts & (lengths > 0)
             runs.append(Run(tokens.ids[token_held_out == chosen], (np.cumsum(lengths) - lengths)[begins]))
-        following = Head(
+        following = InputCursor(
             file=unit.next_place[0],
             record=unit.next_place[1],
             documents=head.documents + int(tokens.starts.sum()),
@@ -150,7 +150,7 @@ class Splitter:
         )
         return runs, following
 
-    def _held_out(self, unit: Unit, tokens: Tokens, head: Head) -> np.ndarray:
+    def _held_out(self, unit: Unit, tokens: Tokens, head: InputCursor) -> np.ndarray:
         """Which records of the unit go to validation; a piece goes where its document's first piece went."""
         if unit.file >= len(self._task.inputs):
             return np.ones(len(tokens.starts), bool)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_scale.data.documents import count_documents
-from bd3lm_scale.data.packing import SPLITS, Head, Packer, Run, Splitter, join
+from bd3lm_scale.data.packing import SPLITS, InputCursor, Packer, Run, Splitter, join
 from bd3lm_scale.data.shards import (
     MANIFEST,
     Manifest,
@@ -86,7 +86,7 @@ def prepare(
 
 
 def _manifests(
-    task: Preparation, tokenizer: Tokenizer, shards: dict[str, list[Shard]], head: Head, description: dict
+    task: Preparation, tokenizer: Tokenizer, shards: dict[str, list[Shard]], head: InputCursor, description: dict
 ) -> dict[str, Manifest]:
     if not any(shards.values()):
         raise ValueError(f"no text: the {len(task.files)} input files hold only empty documents, or none")
@@ -132,7 +132,7 @@ class _ProgressLog:
     def __init__(self, path: Path, fingerprint: str):
         self._path = path
         self.shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-        self.head = Head()
+        self.head = InputCursor()
         # what follows the last newline was being written when the process died
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         if not lines:
@@ -145,7 +145,7 @@ class _ProgressLog:
         for line in lines[1:]:
             entry = json.loads(line)
             self.shards[entry["split"]].append(shard_from_json(entry["shard"]))
-            self.head = Head(**{**entry["head"], "text_bytes": tuple(entry["head"]["text_bytes"])})
+            self.head = InputCursor(**{**entry["head"], "text_bytes": tuple(entry["head"]["text_bytes"])})
         write_file(path, "\n".join(lines) + "\n")
         self._remove_pending(keep=self._num_shards)
 
@@ -168,7 +168,7 @@ class _ProgressLog:
         with np.load(self._pending_file(self._num_shards), allow_pickle=False) as arrays:
             return Run(arrays[f"{split}_ids"], arrays[f"{split}_document_starts"])
 
-    def append(self, split: str, shard: Shard, head: Head, packers: list[Packer]) -> None:
+    def append(self, split: str, shard: Shard, head: InputCursor, packers: list[Packer]) -> None:
         """Record a shard that a packer has just added to `shards`."""
         train, validation = (packer.pending for packer in packers)
         with self._pending_file(self._num_shards).open("wb") as file:

@@ -94,7 +94,6 @@ def make_transformer_config(
         overlap_p2p_comm=parallel.interleaved_chunks is not None,
         # With gloo, freeing a stage's output early gave silent NaN under interleaving.
         deallocate_pipeline_outputs=on_gpu,
-        variable_seq_lengths=False,
         cond_dim=model.cond_dim,
         uses_adaln=config.uses_adaln,
         time_conditioning=config.time_conditioning,

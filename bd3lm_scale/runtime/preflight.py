@@ -33,7 +33,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Entry:
+class NodeReport:
     """What one rank measured about its place.
 
     Attributes:
@@ -71,7 +71,7 @@ def run_preflight(
     device: torch.device,
     group: dist.ProcessGroup | None = None,
     min_disk_gib: float = 1.0,
-) -> list[Entry]:
+) -> list[NodeReport]:
     """Measure, gather, log the table (rank 0), and raise PreflightError naming the bad nodes.
 
     Args:
@@ -107,7 +107,7 @@ def run_preflight(
 
 def measure(
     rank: int, run_dir: Path, config: dict, device: torch.device, group: dist.ProcessGroup | None, is_alone: bool
-) -> Entry:
+) -> NodeReport:
     """This rank's entry; a barrier aligns the clocks of all ranks first."""
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
@@ -116,7 +116,7 @@ def measure(
     milliseconds = matmul_milliseconds(device)
     if not is_alone:
         dist.barrier(group)
-    return Entry(
+    return NodeReport(
         rank=rank,
         node=node_name(),
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
@@ -130,7 +130,7 @@ def measure(
     )
 
 
-def judge(entries: Sequence[Entry], min_disk_gib: float) -> list[Problem]:
+def judge(entries: Sequence[NodeReport], min_disk_gib: float) -> list[Problem]:
     """What is wrong, node by node, each problem once."""
     clock, memory = median(e.clock for e in entries), median(e.free_memory_gib for e in entries)
     speed = median(e.matmul_ms for e in entries)
@@ -139,7 +139,7 @@ def judge(entries: Sequence[Entry], min_disk_gib: float) -> list[Problem]:
     }
     problems: dict[tuple[str, str], Problem] = {}
 
-    def report(entry: Entry, text: str, is_fatal: bool) -> None:
+    def report(entry: NodeReport, text: str, is_fatal: bool) -> None:
         problems.setdefault((entry.node, text.split(" ")[0]), Problem(entry.node, text, is_fatal))
 
     for entry in entries:
@@ -159,9 +159,9 @@ def judge(entries: Sequence[Entry], min_disk_gib: float) -> list[Problem]:
     return list(problems.values())
 
 
-def table(entries: Sequence[Entry], bandwidth: float | None) -> str:
+def table(entries: Sequence[NodeReport], bandwidth: float | None) -> str:
     """One line per node: its worst rank counts."""
-    by_node: dict[str, list[Entry]] = {}
+    by_node: dict[str, list[NodeReport]] = {}
     for entry in entries:
         by_node.setdefault(entry.node, []).append(entry)
     clock = median(e.clock for e in entries)
@@ -182,7 +182,7 @@ def table(entries: Sequence[Entry], bandwidth: float | None) -> str:
     return "\n".join(lines)
 
 
-def gather(entry: Entry, group: dist.ProcessGroup | None) -> list[Entry]:
+def gather(entry: NodeReport, group: dist.ProcessGroup | None) -> list[NodeReport]:
     """Every rank's entry, by rank: JSON in byte tensors, since object collectives would unpickle."""
     text = json.dumps(asdict(entry)).encode()
     if len(text) > ENTRY_BYTES:
@@ -191,7 +191,7 @@ def gather(entry: Entry, group: dist.ProcessGroup | None) -> list[Entry]:
     mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
-    return [Entry(**json.loads(bytes(other.numpy()).rstrip(b"\0"))) for other in everyone]
+    return [NodeReport(**json.loads(bytes(other.numpy()).rstrip(b"\0"))) for other in everyone]
 
 
 def matmul_milliseconds(device: torch.device, size: int | None = None, repeats: int = 3) -> float:

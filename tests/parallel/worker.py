@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import deque
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +23,7 @@ from megatron.core import parallel_state
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.config.checks import check
 from bd3lm_scale.config.load import load_config
-from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.config.schema import RunConfig, RuntimeConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.engine import Engine, build_engine
 from bd3lm_scale.optim import zero
@@ -141,8 +142,8 @@ def harm(what: str, engine: Engine, policy: AnomalyPolicy):
             _, parameter = engine.optimizer.named[-1]
             stack.callback(parameter.register_hook(lambda gradient: gradient * float("nan")).remove)
         elif what == "spike":
-            policy._losses.append(0.0)  # any loss is above the median
-            stack.enter_context(mock.patch.object(policy, "loss_limit", return_value=0.0))
+            stack.enter_context(mock.patch.object(policy, "config", RuntimeConfig(spike_factor=1.5)))
+            stack.enter_context(mock.patch.object(policy, "_losses", deque([1e-3] * 20)))
         yield
 
 

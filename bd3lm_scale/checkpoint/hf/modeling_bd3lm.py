@@ -17,7 +17,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BlockGeneration
-from .likelihood_bd3lm import Likelihood
+from .likelihood_bd3lm import LikelihoodMixin
 
 
 class BlockCache:
@@ -239,7 +239,7 @@ class Backbone(nn.Module):
         return hidden
 
 
-class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
+class BD3LM(BlockGeneration, LikelihoodMixin, PreTrainedModel, GenerationMixin):
     """Block-diffusion language model (bd3lm) and its baselines (mdlm, sedd, ar)."""
 
     config_class = BD3LMConfig
