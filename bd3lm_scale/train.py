@@ -86,7 +86,7 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
             stream, held_out = agreement.run_on_all_ranks(lambda: _open_data(config, mesh.world_size))
             watchdog = Watchdog(config.run_dir, config.runtime, mesh.rank, mesh.world_size).start()
             parts.callback(watchdog.stop)
-            run_preflight(config.run_dir, to_dict(config), mesh.device, agreement.group)
+            run_preflight(config.run_dir, to_dict(config), mesh.device, agreement)
             log.info("\n%s", summary(config, mesh.world_size, stream.vocab_size))
             session = open_session(config, mesh, stream, agreement, lock, fresh, step)
             parts.callback(session.close)

@@ -10,9 +10,7 @@ from typing import Any
 from bd3lm_scale.config.ranges import range_problems
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.errors import ConfigError
-
-VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this inside, independently of the layout."""
+from bd3lm_scale.model.parameters import VOCAB_MULTIPLE, padded_vocab_size
 
 MIN_FLEX_WIDTH = 16
 """FlexAttention's kernels need heads at least this wide."""
@@ -56,11 +54,6 @@ def _with_defaults(section: Any, names: list[str]) -> Any:
         default = next(item.default for item in fields(section) if item.name == head)
         changes[head] = _with_defaults(getattr(section, head), deeper) if deeper else default
     return replace(section, **changes)
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """The number of embedding rows: the vocabulary padded to a multiple of VOCAB_MULTIPLE."""
-    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def num_micro_batches(config: RunConfig, data_parallel_size: int) -> int:

@@ -36,7 +36,7 @@ def run_loop(
     tokens_per_step = config.train.global_batch_size * config.data.context_length
     shows = mesh.is_main_rank and config.logging.progress
     progress = Progress(session.step, config.train.steps, tokens_per_step, shows)
-    stragglers = StragglerWatch(config.runtime, session.engine.host_group)
+    stragglers = StragglerWatch(config.runtime, session.agreement)
     try:
         code, reason = Loop(session, held_out, stop, metrics, watchdog, progress, stragglers).run()
     finally:
