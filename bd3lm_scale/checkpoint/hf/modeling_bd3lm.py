@@ -362,21 +362,10 @@ class BD3LM(BlockGeneration, LikelihoodMixin, Vocabulary, PreTrainedModel, Gener
         return hidden, cond_BC
 
     def forward(
-        self,
-        input_ids=None,
-        timesteps=None,
-        attention_mask=None,
-        labels=None,
-        sample_mode=None,
-        store_kv=None,
-        past_key_values=None,
-        mask_rate=None,
-        generator=None,
-        output_hidden_states=None,
-        return_dict=None,
-        inputs_embeds=None,
-        output_attentions=None,
-    ):
+        self, input_ids=None, timesteps=None, attention_mask=None, labels=None, sample_mode=None, store_kv=None,
+        past_key_values=None, mask_rate=None, generator=None, output_hidden_states=None, return_dict=None,
+        inputs_embeds=None, output_attentions=None,
+    ):  # fmt: skip
         """Logits, and the negative evidence lower bound (NELBO) when `labels` are given.
 
         Args:
