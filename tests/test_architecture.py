@@ -130,3 +130,17 @@ def test_no_two_classes_have_one_name():
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name.lstrip("_"), set()).add(path.relative_to(PACKAGE).as_posix())
     assert {name: sorted(found) for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_frozen_dataclasses_hold_no_caches():
+    """Frozen says: equal fields, equal object. A cache that fills later belongs to a plain class."""
+    found = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            decorators = [ast.unparse(d) for d in node.decorator_list] if isinstance(node, ast.ClassDef) else []
+            if any("dataclass(" in d and "frozen=True" in d for d in decorators):
+                for part in map(ast.unparse, node.body):
+                    private_store = part.startswith("_") and "default_factory" in part.split("\n")[0]
+                    if private_store or part.startswith(("@cached_property", "@lru_cache", "@cache\n")):
+                        found.append((path.relative_to(PACKAGE).as_posix(), node.name, part.split("\n")[0]))
+    assert found == []

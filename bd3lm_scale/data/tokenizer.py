@@ -30,7 +30,7 @@ _FOLDER_FILES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Tokenizer:
     """Text to ids and back.
 
