@@ -260,7 +260,7 @@ def build_session(
     folder = Path(config.run_dir) / "checkpoints"
     store = CheckpointStore(folder, config.checkpoint, mesh.rank, mesh.world_size, new_host_group(), lock)
     plan = BatchPlan(config.train.global_batch_size, config.train.micro_batch_size, mesh.data_rank, mesh.data_size)
-    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps)
+    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps, True)
     ahead = ReadAhead(batches, partial(noise_step, engine, config))
     interval = Interval(config.diffusion.clip_low, config.diffusion.clip_high).floored(config.diffusion.time_epsilon)
     return Session(config, engine, stream, ahead, store, agreement, AnomalyPolicy(config.runtime), Cursor(), interval)
