@@ -102,6 +102,22 @@ def test_every_position_sees_all_times_at_micro_batch_1():
     assert correlation.abs().max() < 5 / steps**0.5
 
 
+@pytest.mark.parametrize("times", [draw_times, evaluation_times])
+def test_the_rotation_of_the_strata_is_uniform_and_new_at_every_step(times):
+    """With one block there is one stratum and the time is the rotation; with many, all of a step share it."""
+    steps = 2000
+    rotation = np.array([float(times(11, step, torch.zeros(1), 1, 1, (0.0, 1.0))) for step in range(steps)])
+    assert len(np.unique(rotation)) == steps
+    assert abs(rotation.mean() - 0.5) < 4 * (1 / 12 / steps) ** 0.5
+    assert abs(rotation.var() * 12 - 1) < 0.1
+    assert abs(np.corrcoef(rotation[1:], rotation[:-1])[0, 1]) < 4 / steps**0.5
+    many = [times(11, step, torch.arange(4), 8, 4, (0.0, 1.0)).numpy() * 32 % 1 for step in range(3)]
+    for inside in many:
+        assert np.ptp(inside) < 1e-12
+    assert np.ptp([inside[0, 0] for inside in many]) > 1e-3
+    assert float(times(12, 0, torch.zeros(1), 1, 1, (0.0, 1.0))) != rotation[0]
+
+
 def test_evaluation_times_do_not_follow_training_times_and_differ_by_draw():
     rows = torch.arange(6)
     first, second = (evaluation_times(11, d, rows, 8, 6, FULL) for d in (0, 1))
