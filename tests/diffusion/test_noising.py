@@ -127,6 +127,23 @@ def test_evaluation_times_do_not_follow_training_times_and_differ_by_draw():
     assert torch.equal(first[2:4], evaluation_times(11, 0, torch.tensor([2, 3]), 8, 6, FULL))
 
 
+def test_masks_are_drawn_anew_for_every_step_draw_row_and_seed():
+    """At one fixed time, so that nothing else moves them: any two masks agree in half of the places."""
+    process, rows = process_for(length=512, block_size=64, ignore_bos=False), text(2, 512)
+    half = (0.5, 0.5)
+    train = [
+        noise_rows(rows, process, seed=seed, step=step, global_batch_size=2, interval=half)
+        for seed, step in ((3, 5), (3, 6), (4, 5))
+    ]
+    held_out = [
+        noise_rows_for_evaluation(rows, process, seed=seed, draw=draw, num_rows=2, interval=half)
+        for seed, draw in ((3, 5), (3, 6), (4, 5))
+    ]
+    masks = torch.cat([noisy.is_scored_BL for noisy in train + held_out])
+    agreement = (masks[:, None] == masks[None]).double().mean(2)
+    assert (agreement - 0.5)[~torch.eye(len(masks), dtype=torch.bool)].abs().max() < 5 * 0.5 / 512**0.5
+
+
 @pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 def test_masks_have_the_mask_rate_of_their_block(schedule):
     process = process_for(length=512, block_size=64, schedule=schedule, ignore_bos=False)
