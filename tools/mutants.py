@@ -122,7 +122,7 @@ def _check_unchanged(
     tests = sorted({test for mutant in mutants for test in mutant.tests})
     output = copy / "output.txt"
     pid = start_tests(copy, tests, output)
-    _, code = finished({pid: time.monotonic()}, timeout * len(tests))
+    _, code = finished({pid: time.monotonic()}, timeout * len(tests) + 600)
     if code != PASSED:
         raise RuntimeError(f"the tests fail on the code as it is (pytest's exit code {code}):\n{output.read_text()}")
     advance("the code as it is", "passes")

@@ -280,6 +280,13 @@ def test_partial_bins_count_in_proportion():
     # l = t: variance width^2/12 up to the spread inside a bin
     for low, high in ((0.1, 0.6), (0.10037, 0.60011), (0.2003, 0.2997)):
         assert moments.variance((low, high)) == pytest.approx((high - low) ** 2 / 12, rel=2e-2)
+    # few bins, so that the cut ones matter: exactly the variance with each block of a cut bin counted in part
+    for low, high in ((0.2003, 0.2037), (0.2008, 0.2012)):
+        left = (time * NUM_BINS).floor() / NUM_BINS
+        part = ((left + 1 / NUM_BINS).clamp(max=high) - left.clamp(min=low)).clamp(min=0) * NUM_BINS
+        count, mean = part.sum(), (part * time).sum() / part.sum()
+        variance = ((part * time**2).sum() / count - mean**2) * count / (count - 1)
+        assert moments.variance((low, high)) == pytest.approx(float(variance), rel=1e-6)
 
 
 def test_blocks_of_one_token_are_best_at_full_masking():

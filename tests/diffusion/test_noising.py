@@ -187,7 +187,7 @@ def test_evaluation_leaves_the_first_token_out_only_when_it_is_given():
 def test_full_masking_weighs_one(schedule):
     changes = {"mdlm_loss_scale": True} if schedule == "scaled" else {"schedule": schedule}
     process = process_for(block_size=1, ignore_bos=False, **changes)
-    noisy = noise(text(12), process, interval=(1.0, 1.0))
+    noisy = noise(text(400), process, gbs=400, interval=(1.0, 1.0))
     assert noisy.is_scored_BL.all()
     assert (noisy.weight_BL == 1).all()
 
