@@ -88,7 +88,8 @@ def run(
         StaleMutantError: before anything runs.
         RuntimeError: the tests fail on the code as it is.
     """
-    changed = {m.name: m.apply((repository / m.file).read_text()) for m in mutants}
+    original = {m.file: (repository / m.file).read_text() for m in mutants}
+    changed = {m.name: m.apply(original[m.file]) for m in mutants}
     fates: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="mutants_") as temporary:
         free = [copy_of(repository, Path(temporary) / str(i)) for i in range(jobs)]
@@ -109,7 +110,7 @@ def run(
             fates[mutant.name] = {PASSED: SURVIVED, FAILED: KILLED, None: KILLED}.get(code, BROKEN)
             if fates[mutant.name] == BROKEN:
                 tqdm.write((copy / "output.txt").read_text()[-3000:])
-            shutil.copy2(repository / mutant.file, copy / mutant.file)
+            (copy / mutant.file).write_text(original[mutant.file])
             free.append(copy)
             advance(mutant.name, fates[mutant.name])
     return fates

@@ -109,6 +109,18 @@ def test_excluding_a_shard_moves_no_other_row():
     assert two == pairs(RowOrder(ROWS, 5, 3, excluded=frozenset({1, 4})), index)
 
 
+def test_substitutes_are_spread_over_all_that_is_left():
+    """Each sample has its own: of 20 rows, 3,000 substitutes take every one about as often."""
+    order = RowOrder(np.array([20, 300]), 5, 2, excluded=frozenset({1}))
+    whole = RowOrder(np.array([20, 300]), 5, 2)
+    index = np.arange(3200)
+    row = order.locate(index)[1][whole.locate(index)[0] == 1]
+    counts = np.bincount(row, minlength=20)
+    assert counts.sum() == 3000
+    assert np.abs(counts - 150).max() < 5 * 150**0.5
+    assert len(np.unique(row[:300] * 1000 + row[300:600])) > 100, "another substitute in every epoch"
+
+
 def test_excluding_everything_is_refused():
     with pytest.raises(ValueError, match="every shard is excluded"):
         RowOrder(ROWS, 5, 3, excluded=frozenset(range(len(ROWS)))).locate(np.arange(3))

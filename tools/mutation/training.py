@@ -52,8 +52,8 @@ TRAINING = (
     ),
     *mutants_of(
         "bd3lm_scale/model/embedding.py",
-        (f"{_OBJECTIVE}test_the_vectorized_pass_equals_two_passes",),
-        ("rotary frequencies of another base", "1.0 / (10000.0**exponent)", "1.0 / (1000.0**exponent)"),
+        (f"{_OBJECTIVE}test_baselines_equal_the_plain_model",),
+        ("sine before cosine in the time embedding", "torch.cat([angles.cos(), angles.sin()]", "torch.cat([angles.sin(), angles.cos()]"),
     ),
     *mutants_of(
         "bd3lm_scale/model/denoiser.py",
