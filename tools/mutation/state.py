@@ -27,7 +27,7 @@ STATE = (
         (
             "substitutes alike for all samples",
             "astype(np.uint64) ^ base)", "astype(np.uint64) * 0 ^ base)",
-            f"{_ORDER}test_excluding_a_shard_moves_no_other_row",
+            f"{_ORDER}test_substitutes_are_spread_over_all_that_is_left",
         ),
         (
             "the mixture alike in every period",

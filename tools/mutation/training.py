@@ -6,6 +6,7 @@ _DROPOUT = "tests/model/test_dropout.py::"
 _UNRELATED = f"{_DROPOUT}test_every_layer_and_place_of_a_pass_has_a_mask_of_its_own"
 _OBJECTIVE = "tests/test_objective_laws.py::"
 _STEP = "tests/training/test_step.py::"
+_TILES = "tests/model/test_tiles.py::"
 _ANOMALY = "tests/runtime/test_anomaly.py::"
 
 TRAINING = (
@@ -35,11 +36,19 @@ TRAINING = (
     *mutants_of(
         "bd3lm_scale/model/attention.py",
         (f"{_OBJECTIVE}test_the_vectorized_pass_equals_two_passes",),
-        ("chunks without their bias", "if not bool(allowed.all()):", "if False:"),
         ("a causal mask for all", "is_causal=not self.is_full", "is_causal=True", f"{_OBJECTIVE}test_baselines_equal_the_plain_model"),
         ("one block more than the window", "distance < self.window_blocks", "distance <= self.window_blocks",
          "tests/model/test_decoding.py"),
         ("decoding sees earlier blocks only", "allowed = distance >= 0", "allowed = distance > 0", "tests/model/test_decoding.py"),
+    ),
+    *mutants_of(
+        "bd3lm_scale/model/tiles.py",
+        (f"{_TILES}test_any_pattern_is_summed_up_as_the_rule_says",),
+        ("a tile whose last block is seen counts whole", "np.where(own_view, k_last <= q_first,", "np.where(own_view, k_last <= q_last,"),
+        ("a tile whose first block is not seen is dropped", "(is_clean & (k_first < q_last))", "(is_clean & (k_last < q_last))"),
+        ("blocks left out inside a piece", " | (step > 1)", ""),
+        ("chunks without their bias", "None if bool(allowed.all()) else allowed", "None",
+         f"{_TILES}test_chunks_cover_exactly_what_is_seen_and_share_their_biases"),
     ),
     *mutants_of(
         "bd3lm_scale/model/head.py",
