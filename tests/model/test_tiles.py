@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -38,18 +38,23 @@ def dense_tiles(visibility, query_edges, key_edges):
     return [np.array([[reduce(cell) for cell in row] for row in cells]) for reduce in (np.any, np.all)]
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_any_pattern_is_summed_up_as_the_rule_says(data):
-    """Views, segments and blocks of any kind and order, tiles of any widths: not only those of training."""
-    size = data.draw(st.integers(1, 40))
-    view, segment, block = (
-        torch.tensor(data.draw(st.lists(st.integers(0, top), min_size=size, max_size=size))) for top in (2, 2, 5)
-    )
-    if data.draw(st.booleans()):
-        block = block.sort().values
-    edges = [sorted({0, size, *data.draw(st.lists(st.integers(1, size), max_size=6))}) for _ in range(2)]
-    visibility = Visibility(view, segment, block, 1)
+STRETCH = st.tuples(
+    st.integers(0, 2), st.integers(0, 1), st.integers(0, 4), st.lists(st.sampled_from([0, 1, 1, 2, -1]), max_size=12)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@example(stretches=[(1, 0, 0, [2]), (1, 0, 1, [])], cuts=[2, 2])  # a tile of noisy blocks 0 and 2, one of block 1
+@given(stretches=st.lists(STRETCH, min_size=1, max_size=5), cuts=st.lists(st.integers(1, 60), max_size=12))
+def test_any_pattern_is_summed_up_as_the_rule_says(stretches, cuts):
+    """Stretches of any view and segment, blocks in any order, tiles of any widths: not only those of training."""
+    view, segment, block = ([], [], [])
+    for one_view, one_segment, first, steps in stretches:
+        block += (first + np.cumsum([0, *steps])).tolist()
+        view += [one_view] * (len(steps) + 1)
+        segment += [one_segment] * (len(steps) + 1)
+    visibility = Visibility(torch.tensor(view), torch.tensor(segment), torch.tensor(block), 1)
+    edges = [sorted({0, len(view), *(c for c in part if c < len(view))}) for part in (cuts[::2], cuts[1::2])]
     for ours, dense in zip(seen_tiles(visibility, *edges), dense_tiles(visibility, *edges), strict=True):
         assert np.array_equal(ours, dense)
 
