@@ -43,11 +43,6 @@ def _usable_text(text: str) -> str:
     return text
 
 
-def clip_interval(low: float, high: float, time_epsilon: float) -> tuple[float, float]:
-    """[max(low, time_epsilon), high]: an interval of training times never starts below the smallest time."""
-    return max(low, time_epsilon), high
-
-
 class NameIn:
     """A name that a registry holds when the value is checked, or one of a few others."""
 
@@ -168,11 +163,6 @@ class DiffusionConfig:
     mdlm_loss_scale: Flag = False
     """Use the sigma parameterization of the loss weight (SEDD and MDLM baselines of Sahoo et al.)."""
     clip_search: ClipSearchConfig = field(default_factory=ClipSearchConfig)
-
-    @property
-    def clip_interval(self) -> tuple[float, float]:
-        """Where training times come from until a search changes it."""
-        return clip_interval(self.clip_low, self.clip_high, self.time_epsilon)
 
 
 @dataclass(frozen=True, config=_SECTION)

@@ -33,7 +33,8 @@ from bd3lm_scale.checkpoint.names import (
     to_published,
 )
 from bd3lm_scale.config.load import from_dict
-from bd3lm_scale.config.schema import RunConfig, clip_interval
+from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.values import Interval
 
 CODE_FILES = tuple(
     f"{part}_bd3lm.py"
@@ -172,7 +173,7 @@ def config_fields(
     """The content of config.json: the published fields, and what they leave unsaid."""
     objective = config.diffusion.objective
     clip = meta.get("clip") or {"low": config.diffusion.clip_low, "high": config.diffusion.clip_high}
-    low, high = clip_interval(float(clip["low"]), float(clip["high"]), config.diffusion.time_epsilon)
+    low, _ = Interval(float(clip["low"]), float(clip["high"])).floored(config.diffusion.time_epsilon)
     fields = {
         "architectures": ["BD3LM"],
         "auto_map": {
@@ -203,7 +204,7 @@ def config_fields(
         "tie_word_embeddings": False,
         "var_min": objective == "bd3lm",
         "sampling_eps_min": low,
-        "sampling_eps_max": high,
+        "sampling_eps_max": float(clip["high"]),
         "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
         "transformers_version": "4.49.0",
         "training": {
