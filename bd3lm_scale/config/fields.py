@@ -4,13 +4,14 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
 from bd3lm_scale.config.schema import MixtureSource, NameIn, RunConfig
+from bd3lm_scale.diffusion.registry import SAMPLERS, SCHEDULES
 
 ITEM = "[]"
 """Stands for the number of a list's item in a field's name: data.mixture[].weight."""
@@ -42,6 +43,12 @@ def value_of(config: RunConfig, name: str) -> object:
 
 def field_rules() -> dict[str, FieldRule]:
     """Every dotted field of the schema, in order, sections and items of lists included."""
+    return _field_rules((*SCHEDULES, *SAMPLERS))
+
+
+@cache
+def _field_rules(registered: tuple[str, ...]) -> dict[str, FieldRule]:
+    """The rules while these names are registered."""
     return dict(_rules(RunConfig, ""))
 
 

@@ -98,7 +98,7 @@ def _reveals(
 
 
 def sample_sedd(
-    network: FullDenoiser, request: SampleRequest, settings: SamplerSettings, on_progress: OnProgress = None
+    network: FullSequenceDenoiser, request: SampleRequest, settings: SamplerSettings, on_progress: OnProgress = None
 ) -> SampleResult:
     """The sampler `analytic`."""
     return sample_analytic(network, request, settings.schedule, settings.steps, on_progress)
