@@ -41,8 +41,8 @@ class SamplerSettings:
 
 
 Sampler = Callable[[Any, SampleRequest, SamplerSettings, OnProgress], SampleResult]
-"""Samples a batch with a network that has an empty context: a BlockDenoiser (bd3lm), FullDenoiser (mdlm, sedd) or
-NextToken (ar)."""
+"""Samples a batch with a network that has an empty context: a BlockDenoiser (bd3lm), FullSequenceDenoiser (mdlm,
+sedd) or NextToken (ar)."""
 
 
 def get_sampler(name: str) -> Sampler:
