@@ -56,7 +56,9 @@ def _nearest(wanted: int, legal: list[int]) -> int:
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    """In rising order; a number of ten digits takes a millisecond."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _data(config: RunConfig) -> list[str]:
@@ -289,18 +291,30 @@ def _world(config: RunConfig, world_size: int) -> list[str]:
     count = num_micro_batches(config, replicas)
     if chunks == 1 or stages == 1 or count % stages == 0:
         return []
-    legal = [
-        mb for mb in range(1, config.train.global_batch_size + 1)
-        if math.ceil(config.train.global_batch_size / (replicas * mb)) % stages == 0
-    ]  # fmt: skip
     wanted = config.train.micro_batch_size
-    remedy = f"use train.micro_batch_size={_nearest(wanted, legal)}, or " if legal else "use "
+    micro_batch_size = _nearest_micro_batch_size(config.train.global_batch_size, replicas, stages, wanted)
+    remedy = f"use train.micro_batch_size={micro_batch_size}, or " if micro_batch_size else "use "
     rows = _nearest_multiple(count, stages).split(" or ")
     sizes = " or ".join(str(int(m) * replicas * wanted) for m in rows)
     return [
         f"parallel.virtual_pipeline_parallel_size ({chunks}): the interleaved schedule needs micro-batches in "
         f"multiples of {stages} stages, and there are {count}; {remedy}train.global_batch_size={sizes}"
     ]
+
+
+def _nearest_micro_batch_size(rows: int, replicas: int, stages: int, wanted: int) -> int | None:
+    """The size closest to the wanted one under which a replica's micro-batches come in a multiple of the stages."""
+    per_replica = math.ceil(rows / replicas)
+    # ceil(per_replica / size) = count for sizes from ceil(per_replica / count) to where one micro-batch fewer is enough
+    root = math.isqrt(per_replica) + 1
+    counts = {*range(1, root + 1), *(math.ceil(per_replica / size) for size in range(1, root + 1))}
+    legal = []
+    for count in counts:
+        low = math.ceil(per_replica / count)
+        high = math.ceil(per_replica / (count - 1)) - 1 if count > 1 else rows
+        if count % stages == 0 and low <= high:
+            legal.append(min(max(wanted, low), high))
+    return _nearest(wanted, sorted(legal)) if legal else None
 
 
 def _nearest_layout(config: RunConfig, world_size: int) -> tuple[int, int]:
