@@ -5,12 +5,16 @@ import math
 from functools import reduce
 
 from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.model.parameters import GATED_MLPS
 
 CHOICES = {
     "precision": ("fp32", "bf16"),
     "data.on_bad_shard": ("stop", "skip"),
     "diffusion.objective": ("bd3lm", "mdlm", "ar", "sedd"),
     "diffusion.schedule": ("loglinear", "cosine", "square", "square_root", "log"),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.mlp": tuple(GATED_MLPS),
+    "model.rope_scaling": ("none", "llama3", "linear"),
     "model.attention": ("auto", "flex", "chunked", "dense"),
     "parallel.recompute": ("none", "selective", "full"),
     "optim.schedule": ("constant", "cosine"),
@@ -47,6 +51,15 @@ INTERVALS = {
     "model.cond_dim": "[1, inf)",
     "model.mlp_ratio": "[1, inf)",
     "model.dropout": "[0, 1)",
+    "model.norm_eps": "(0, inf)",
+    "model.ffn_hidden_size": "[1, inf)",
+    "model.num_kv_heads": "[1, inf)",
+    "model.head_dim": "[2, inf)",
+    "model.rope_theta": "(0, inf)",
+    "model.rope_factor": "[1, inf)",
+    "model.rope_low_freq_factor": "(0, inf)",
+    "model.rope_high_freq_factor": "(0, inf)",
+    "model.rope_original_context_length": "[1, inf)",
     "model.vocab_size": "[2, inf)",
     "parallel.tensor_parallel_size": "[1, inf)",
     "parallel.pipeline_parallel_size": "[1, inf)",

@@ -93,7 +93,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The paper's DiT."""
+    """The network; its defaults are the paper's DiT."""
 
     num_layers: int = 12
     hidden_size: int = 768
@@ -102,6 +102,36 @@ class ModelConfig:
     mlp_ratio: int = 4
     dropout: float = 0.1
     tie_embeddings: bool = False
+    adaln: bool = True
+    """Adaptive layer norm driven by the time embedding (ar never has it)."""
+    norm: str = "layernorm"
+    """layernorm | rmsnorm: before attention, MLP and head; in fp32, with a weight and no bias."""
+    norm_eps: float = 1e-5
+    mlp: str = "gelu"
+    """gelu | swiglu: SwiGLU multiplies by a gate of the same width."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the MLP; default: mlp_ratio * hidden_size."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values, shared by groups of query heads; default: num_heads."""
+    head_dim: int | None = None
+    """Width of a head; default: hidden_size / num_heads."""
+    qk_norm: bool = False
+    """Norm of every head's queries and keys, before they are rotated."""
+    qkv_bias: bool = False
+    mlp_bias: bool = True
+    head_bias: bool = True
+    """Of the output projection onto the vocabulary."""
+    rope_theta: float = 10000.0
+    rope_scaling: str = "none"
+    """none | llama3 | linear: how rotary frequencies are slowed down for contexts longer than the original one."""
+    rope_factor: float = 8.0
+    """How many times slower (linear: all frequencies, llama3: the slow ones)."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: frequencies of fewer turns than this in the original context are slowed down fully."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: frequencies of more turns than this stay."""
+    rope_original_context_length: int = 8192
+    """llama3: the context the frequencies were trained with."""
     vocab_size: int | None = None
     """Ids including the mask; default: what the tokenizer beside the shards has."""
     attention: str = "auto"
@@ -308,7 +338,7 @@ class RunConfig:
     @property
     def uses_adaln(self) -> bool:
         """AR has no time embedding and no adaptive layer norm."""
-        return self.diffusion.objective != "ar"
+        return self.diffusion.objective != "ar" and self.model.adaln
 
     @property
     def time_conditioning(self) -> bool:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from bd3lm_scale.model.layer import WeightOnlyLayerNorm, modulate
+from bd3lm_scale.model.layer import Norm, modulate
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 
 
@@ -49,13 +49,13 @@ class _TargetAndNormalizer(torch.autograd.Function):
 
 
 class Head(nn.Module):
-    """LayerNorm, modulation, and the output projection onto the padded vocabulary."""
+    """Norm, modulation, and the output projection onto the padded vocabulary."""
 
     def __init__(self, config: DenoiserConfig, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.config = config
         self.group = group if group.size() > 1 else None
-        self.norm = WeightOnlyLayerNorm(config, config.hidden_size)
+        self.norm = Norm(config, config.hidden_size)
         if config.uses_adaln:
             self.modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size, dtype=config.params_dtype)
         self.output = tensor_parallel.ColumnParallelLinear(
@@ -63,7 +63,7 @@ class Head(nn.Module):
             config.padded_vocab_size,
             config=dataclasses.replace(config, sequence_parallel=False),
             init_method=lambda weight: weight,
-            bias=True,
+            bias=config.architecture.head_bias,
             gather_output=False,
             skip_weight_param_allocation=config.tie_embeddings and config.pipeline_model_parallel_size == 1,
             tp_group=group,

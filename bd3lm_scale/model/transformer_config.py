@@ -4,13 +4,12 @@ Fast paths that need Apex, Transformer Engine or `main_grad` stay off: the DeepS
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.model.functions import ACTIVATIONS
 from bd3lm_scale.model.parameters import Architecture, padded_vocab_size
 
 
@@ -83,10 +82,17 @@ def make_transformer_config(
         hidden_size=model.hidden_size,
         ffn_hidden_size=architecture.inner,
         num_attention_heads=model.num_heads,
-        activation_func=partial(F.gelu, approximate="tanh"),
+        num_query_groups=architecture.kv_heads,
+        kv_channels=architecture.head_width,
+        activation_func=ACTIVATIONS[architecture.mlp],
+        gated_linear_unit=architecture.gates,
+        add_bias_linear=architecture.mlp_bias,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        normalization="RMSNorm" if architecture.norm == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=architecture.norm_eps,
         hidden_dropout=model.dropout,
         attention_dropout=0.0,
-        layernorm_epsilon=1e-5,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.interleaved_chunks,

@@ -2,6 +2,12 @@
 
 from transformers import PretrainedConfig
 
+CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "mlp": ("gelu", "swiglu"),
+    "rope.scaling": ("none", "linear", "llama3"),
+}
+
 
 class BD3LMConfig(PretrainedConfig):
     """Sizes and objective of a block-diffusion language model, or of one of its baselines.
@@ -22,6 +28,14 @@ class BD3LMConfig(PretrainedConfig):
         mask_token_id: id of the mask; the last id when absent.
         ignore_bos: the first token is given: never noised, never scored.
         tied_head: the head's weight equals the embedding (it is stored twice all the same).
+        norm, norm_eps: layernorm | rmsnorm, with a weight and no bias.
+        mlp: gelu | swiglu; ffn_hidden_size: its inner width, mlp_ratio * hidden_dim when absent.
+        n_kv_heads: heads of keys and values, shared by groups of query heads; n_heads when absent.
+        head_dim: width of a head; hidden_dim / n_heads when absent.
+        qk_norm: norm of every head's queries and keys before the rotation.
+        qkv_bias, mlp_bias, head_bias: which linear layers have one.
+        rope: theta of the rotary positions, and their scaling: none | linear (factor) | llama3 (factor,
+            low_freq_factor, high_freq_factor, original_context_length).
     """
 
     model_type = "bd3lm"
@@ -30,6 +44,8 @@ class BD3LMConfig(PretrainedConfig):
         "hidden_size": "hidden_dim",
         "num_hidden_layers": "n_blocks",
         "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "ffn_hidden_size",
         "max_position_embeddings": "model_length",
     }
 
@@ -56,6 +72,17 @@ class BD3LMConfig(PretrainedConfig):
         mask_token_id=None,
         ignore_bos=None,
         tied_head=False,
+        norm="layernorm",
+        norm_eps=1e-5,
+        mlp="gelu",
+        ffn_hidden_size=None,
+        n_kv_heads=None,
+        head_dim=None,
+        qk_norm=False,
+        qkv_bias=False,
+        mlp_bias=True,
+        head_bias=True,
+        rope=None,
         **kwargs,
     ):
         self.block_size = block_size
@@ -79,9 +106,20 @@ class BD3LMConfig(PretrainedConfig):
         self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
         self.ignore_bos = self.objective != "ar" if ignore_bos is None else ignore_bos
         self.tied_head = tied_head
+        self.norm = norm
+        self.norm_eps = norm_eps
+        self.mlp = mlp
+        self.ffn_hidden_size = ffn_hidden_size or mlp_ratio * hidden_dim
+        self.n_kv_heads = n_kv_heads or n_heads
+        self.head_dim = head_dim or hidden_dim // n_heads
+        self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
+        self.mlp_bias = mlp_bias
+        self.head_bias = head_bias
+        self.rope = {"theta": 10000.0, "scaling": "none", **(rope or {})}
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
-        self._check()
+        self._check(says_nothing_of_heads=head_dim is None)
 
     def _derive_objective(self):
         """The published checkpoints do not name their objective, but these fields tell it."""
@@ -91,11 +129,17 @@ class BD3LMConfig(PretrainedConfig):
             return "bd3lm"
         return "sedd" if self.time_conditioning else "mdlm"
 
-    def _check(self):
+    def _check(self, says_nothing_of_heads):
         if self.objective not in ("bd3lm", "mdlm", "sedd", "ar"):
             raise ValueError(f"objective ({self.objective}): unknown; use bd3lm, mdlm, sedd or ar")
-        if self.hidden_dim % self.n_heads:
+        if says_nothing_of_heads and self.hidden_dim % self.n_heads:
             raise ValueError(f"hidden_dim ({self.hidden_dim}) is not a multiple of n_heads ({self.n_heads})")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) is not a multiple of n_kv_heads ({self.n_kv_heads})")
+        for name, known in CHOICES.items():
+            value = self.rope["scaling"] if name == "rope.scaling" else getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} ({value}): unknown to this code; use {' or '.join(known)}")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id ({self.mask_token_id}) is outside the vocabulary of {self.vocab_size} ids")
 

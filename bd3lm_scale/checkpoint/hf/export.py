@@ -36,6 +36,12 @@ from bd3lm_scale.config.schema import RunConfig
 
 CODE_FILES = ("configuration_bd3lm.py", "modeling_bd3lm.py", "generation_bd3lm.py", "likelihood_bd3lm.py")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VARIANT_FIELDS = {
+    "norm": "norm", "norm_eps": "norm_eps", "mlp": "mlp", "ffn_hidden_size": "ffn_hidden_size",
+    "num_kv_heads": "n_kv_heads", "head_dim": "head_dim", "qk_norm": "qk_norm", "qkv_bias": "qkv_bias",
+    "mlp_bias": "mlp_bias", "head_bias": "head_bias",
+}  # fmt: skip
+"""Of the network's description: our field -> the one in config.json, written where it is not the published default."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -117,6 +123,7 @@ def export_hf(
     if tokenizer is not None:
         written = export_tokenizer(tokenizer, destination, vocab_size, int(reader.meta["mask_token_id"]))
     fields = config_fields(config, reader.meta, dtype, written)
+    check_class(fields, arch)
     files, size = write_shards(
         _tensors(reader, arch, kind, DTYPES[dtype], fields),
         _sizes(arch, DTYPES[dtype], fields),
@@ -171,6 +178,7 @@ def config_fields(
         "model_length": config.data.context_length,
         "cross_attn": objective == "bd3lm",
         "adaln": config.uses_adaln,
+        **variant_fields(Architecture.of(config, int(meta["vocab_size"]))),
         "causal": objective == "ar",
         "attn_backend": "sdpa",
         "hidden_dim": config.model.hidden_size,
@@ -198,6 +206,31 @@ def config_fields(
     if tokenizer is not None:
         fields |= {name: value for name, value in tokenizer.ids.items() if name != "mask_token_id"}
     return fields
+
+
+def variant_fields(arch: Architecture) -> dict[str, Any]:
+    """Fields of config.json in which a network differs from the published one, which has none of them."""
+    published = Architecture(arch.num_layers, arch.hidden_size, arch.num_heads, arch.cond_dim, arch.mlp_ratio, 1)
+    found = {
+        theirs: getattr(arch, ours)
+        for ours, theirs in VARIANT_FIELDS.items()
+        if getattr(arch, ours) not in (None, getattr(published, ours))
+    }
+    return found if arch.rope == published.rope else found | {"rope": asdict(arch.rope)}
+
+
+def check_class(fields: dict[str, Any], arch: Architecture) -> None:
+    """ValueError listing every parameter of the exported class that is not the table's."""
+    from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
+    from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
+
+    with torch.device("meta"):
+        model = BD3LM(
+            BD3LMConfig(**{name: fields[name] for name in fields if name not in ("auto_map", "architectures")})
+        )
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if problems := shape_problems({PREFIX + entry.published: entry.shape for entry in table(arch)}, found):
+        raise ValueError("the exported class is not the network of the checkpoint:\n  " + "\n  ".join(problems[:40]))
 
 
 def generation_fields(config: RunConfig, tokenizer: TokenizerReport | None) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Parameter names and the meaning of `timesteps` are those of the published BD3-LM checkpoints.
 
 Shapes: B rows, L tokens in a row, N blocks in a row, S tokens in a block, P positions the transformer reads
-(2L for [noisy ; clean], otherwise the tokens given), Q queries, J keys, D width, C conditioning width, H heads,
-K head width, V ids including the mask.
+(2L for [noisy ; clean], otherwise the tokens given), Q queries, J keys, D width, C conditioning width, H heads (fewer
+of keys and values where groups share them), K head width, F inner width of the MLP, V ids including the mask.
 """
 
 import math
@@ -73,31 +73,55 @@ def window_visibility(query_Q, key_J, block_size, window=None):
     return visible if window is None else visible & (key_J >= block_end_Q[:, None] - window)
 
 
-class LayerNorm(nn.Module):
-    """Layer norm in float32 with a weight and no bias; returns float32."""
+class Norm(nn.Module):
+    """Layer norm or RMS norm in float32 with a weight and no bias; returns float32."""
 
-    def __init__(self, width):
+    def __init__(self, config, width):
         super().__init__()
+        self.kind, self.eps = config.norm, config.norm_eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x_BPD):
+    def forward(self, x):
         """Normalize the last dimension."""
-        return F.layer_norm(x_BPD.float(), x_BPD.shape[-1:]) * self.weight.float()
+        function = F.rms_norm if self.kind == "rmsnorm" else F.layer_norm
+        return function(x.float(), x.shape[-1:], eps=self.eps) * self.weight.float()
+
+
+class SwiGLU(nn.Module):
+    """Gate and value (..., 2F) to silu(gate) * value (..., F)."""
+
+    def forward(self, x):
+        """Elementwise."""
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+ACTIVATIONS = {"gelu": (1, lambda: nn.GELU(approximate="tanh")), "swiglu": (2, SwiGLU)}
+"""Of each kind of MLP: how many inner widths the first layer has, and the activation."""
 
 
 class Rotary(nn.Module):
     """Rotary position angles, half-split (NeoX) layout."""
 
-    def __init__(self, head_width):
+    def __init__(self, config):
         super().__init__()
-        self.head_width = head_width
+        self.head_width, self.rope = config.head_dim, config.rope
         # In published checkpoints, so in ours. Never read: loaders may round it to bfloat16.
         self.register_buffer("inv_freq", self.frequencies("cpu").float())
 
     def frequencies(self, device):
-        """10000^(-2j/K), float64 where the device has it."""
+        """theta^(-2j/K), slowed down where the configuration says so; float64 where the device has it."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        return 10000.0 ** -(torch.arange(0, self.head_width, 2, device=device, dtype=dtype) / self.head_width)
+        exponent = torch.arange(0, self.head_width, 2, device=device, dtype=dtype) / self.head_width
+        frequency, rope = self.rope["theta"] ** -exponent, self.rope
+        if rope["scaling"] == "linear":
+            return frequency / rope["factor"]
+        if rope["scaling"] == "llama3":
+            turns = rope["original_context_length"] * frequency / (2 * math.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+            return frequency * (kept + (1 - kept) / rope["factor"])
+        return frequency
 
     def forward(self, position_P):
         """Cosines and sines, float32 (P, K) each."""
@@ -128,18 +152,21 @@ class DiTBlock(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
-        width = config.hidden_dim
+        width, inner, head = config.hidden_dim, config.ffn_hidden_size, config.head_dim
         self.index = index
-        self.num_heads = config.n_heads
+        self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
         self.dropout = config.dropout
-        self.norm1 = LayerNorm(width)
-        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attn_out = nn.Linear(width, width, bias=False)
-        self.norm2 = LayerNorm(width)
+        self.norm1 = Norm(config, width)
+        self.attn_qkv = nn.Linear(width, sum(self.heads) * head, bias=config.qkv_bias)
+        self.q_norm = Norm(config, head) if config.qk_norm else None
+        self.k_norm = Norm(config, head) if config.qk_norm else None
+        self.attn_out = nn.Linear(config.n_heads * head, width, bias=False)
+        self.norm2 = Norm(config, width)
+        widths, activation = ACTIVATIONS[config.mlp]
         self.mlp = nn.Sequential(
-            nn.Linear(width, config.mlp_ratio * width),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.mlp_ratio * width, width),
+            nn.Linear(width, widths * inner, bias=config.mlp_bias),
+            activation(),
+            nn.Linear(inner, width, bias=config.mlp_bias),
         )
         if config.adaln:
             self.adaLN_modulation = ZeroLinear(config.cond_dim, 6 * width)
@@ -160,11 +187,16 @@ class DiTBlock(nn.Module):
     def attend(self, h_BPD, rotation, visible, cache, commit):
         """Multi-head attention over the given positions and the cache."""
         qkv = self.attn_qkv(h_BPD.to(self.attn_qkv.weight.dtype))
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        heads_BHPK = qkv.unflatten(-1, (sum(self.heads), -1)).transpose(1, 2)
+        q, k, v = heads_BHPK.split(self.heads, dim=1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.extend(self.index, k, v, commit)
-        out_BHPK = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        # a group of query heads shares each head of keys and values
+        is_grouped = q.shape[1] != k.shape[1]
+        out_BHPK = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=is_grouped)
         return project(self.attn_out, out_BHPK.transpose(1, 2).flatten(2))
 
 
@@ -202,8 +234,8 @@ class OutputLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm_final = LayerNorm(config.hidden_dim)
-        self.linear = ZeroLinear(config.hidden_dim, config.vocab_size)
+        self.norm_final = Norm(config, config.hidden_dim)
+        self.linear = ZeroLinear(config.hidden_dim, config.vocab_size, bias=config.head_bias)
         if config.adaln:
             self.adaLN_modulation = ZeroLinear(config.cond_dim, 2 * config.hidden_dim)
 
@@ -224,7 +256,7 @@ class Backbone(nn.Module):
         self.vocab_embed = Embedding(config.vocab_size, config.hidden_dim)
         if config.adaln:
             self.sigma_map = TimestepEmbedder(config.cond_dim)
-        self.rotary_emb = Rotary(config.hidden_dim // config.n_heads)
+        self.rotary_emb = Rotary(config)
         self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.n_blocks))
         self.output_layer = OutputLayer(config)
 
@@ -272,7 +304,7 @@ class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
         elif isinstance(module, Embedding):
             bound = module.embedding.shape[1] ** -0.5
             nn.init.uniform_(module.embedding, -bound, bound)
-        elif isinstance(module, LayerNorm):
+        elif isinstance(module, Norm):
             nn.init.ones_(module.weight)
         elif isinstance(module, Rotary) and not module.inv_freq.is_meta:
             module.inv_freq.copy_(module.frequencies("cpu"))
