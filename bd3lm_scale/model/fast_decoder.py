@@ -12,6 +12,7 @@ values, K head width, V ids.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 from bd3lm_scale.model.denoiser import Denoiser, named_parameters
 from bd3lm_scale.model.embedding import rotary_angles
 from bd3lm_scale.model.functions import activate, normalize
+from bd3lm_scale.model.head import linear_fp32
 from bd3lm_scale.model.parameters import Architecture
 
 _PREFILL = 1024
@@ -83,14 +85,14 @@ class FastWeights:
         conditioning = model.condition(torch.zeros(1, device=self.device))
         self._unused = {name: parameter.detach() for name, parameter in named_parameters([model])}
         self.embedding = self._take("embedding.weight")
-        modulations = [
-            None if conditioning is None else layer.modulation(conditioning) for layer in model.decoder.layers
-        ]
+        layers: list[Any] = list(model.decoder.layers)
+        modulations = [None if conditioning is None else layer.modulation(conditioning) for layer in layers]
         self.layers = [self._layer(f"decoder.layers.{i}.", *self._parts(m, 6)) for i, m in enumerate(modulations)]
         shift, scale = self._parts(None if conditioning is None else model.head.modulation(conditioning), 2)
         self.head_norm = self._norm("head.norm.weight", shift, scale)
         output = self._take_if_there("head.output.weight")
-        self.output = self.embedding if output is None else output
+        output = self.embedding if output is None else output
+        self.output = output if output.is_cuda else output.float()  # widened once, not in every call
         bias = self._take_if_there("head.output.bias")
         bias = self.output.new_zeros(len(self.output)) if bias is None else bias
         self.output_bias = bias.masked_fill(model.head.get_buffer("is_excluded"), float("-inf"))
@@ -227,8 +229,9 @@ class FastDecoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weights = self.weights
-        logits = F.linear(weights.head_norm(hidden, weights.dtype), weights.output, weights.output_bias)
-        return logits[..., : weights.arch.vocab_size].float()
+        normed = weights.head_norm(hidden, weights.dtype)
+        logits = linear_fp32(normed.flatten(0, -2), weights.output, weights.output_bias)
+        return logits.unflatten(0, normed.shape[:-1])[..., : weights.arch.vocab_size]
 
     def _heads(self, qkv: Tensor, layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, T, H, K) and keys, and values (B, T, G, K); rows by group: its queries, key, value."""
