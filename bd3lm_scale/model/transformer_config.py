@@ -111,6 +111,7 @@ def make_transformer_config(
         persist_layer_norm=False,
         attention_softmax_in_fp32=True,
         deterministic_mode=config.train.deterministic,
+        cuda_graph_scope=[],
         # gloo has no batched send-receive; Megatron's default on GPUs where messages do not overlap computation
         batch_p2p_comm=on_gpu and parallel.interleaved_chunks is None,
         overlap_p2p_comm=parallel.interleaved_chunks is not None,
