@@ -35,7 +35,8 @@ from bd3lm_scale.config.load import from_dict
 from bd3lm_scale.config.schema import RunConfig
 
 CODE_FILES = tuple(
-    f"{part}_bd3lm.py" for part in ("configuration", "modeling", "generation", "likelihood", "inputs", "vocabulary")
+    f"{part}_bd3lm.py"
+    for part in ("configuration", "modeling", "generation", "likelihood", "inputs", "layers", "vocabulary")
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VARIANT_FIELDS = {
