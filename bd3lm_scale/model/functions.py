@@ -8,7 +8,10 @@ from torch import Tensor
 
 from bd3lm_scale.model.parameters import Architecture
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": partial(F.gelu, approximate="tanh"), "swiglu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": partial(F.gelu, approximate="tanh"),
+    "swiglu": F.silu,
+}
 """Of each kind of MLP: what its inner layer, or the gate of a gated one, passes through."""
 
 

@@ -17,7 +17,10 @@ VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this inside, independently of the layout."""
 TIME_FEATURES = 256
 """Cosines and sines of the noise level that enter the time embedding."""
-GATED_MLPS = {"gelu": False, "swiglu": True}
+GATED_MLPS = {
+    "gelu": False,
+    "swiglu": True,
+}
 """Kinds of MLP: whether a gate of the same width as the inner layer multiplies its activation."""
 
 UNIFORM, ZEROS, ONES = "uniform", "zeros", "ones"

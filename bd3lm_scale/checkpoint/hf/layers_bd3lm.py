@@ -14,18 +14,27 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def choose(field, value, choices):
+    """What a field of the configuration names; ValueError where this code does not know it."""
+    if value not in choices:
+        raise ValueError(f"{field} ({value}): unknown to this code; use {' or '.join(choices)}")
+    return choices[value]
+
+
+NORMS = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
+
+
 class Norm(nn.Module):
     """Layer norm or RMS norm in float32 with a weight and no bias; returns float32."""
 
     def __init__(self, config, width):
         super().__init__()
-        self.kind, self.eps = config.norm, config.norm_eps
+        self.function, self.eps = choose("norm", config.norm, NORMS), config.norm_eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
         """Normalize the last dimension."""
-        function = F.rms_norm if self.kind == "rmsnorm" else F.layer_norm
-        return function(x.float(), x.shape[-1:], eps=self.eps) * self.weight.float()
+        return self.function(x.float(), x.shape[-1:], eps=self.eps) * self.weight.float()
 
 
 class SwiGLU(nn.Module):
@@ -37,8 +46,22 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * value
 
 
-ACTIVATIONS = {"gelu": (1, lambda: nn.GELU(approximate="tanh")), "swiglu": (2, SwiGLU)}
+ACTIVATIONS = {
+    "gelu": (1, lambda: nn.GELU(approximate="tanh")),
+    "swiglu": (2, SwiGLU),
+}
 """Of each kind of MLP: how many inner widths the first layer has, and the activation."""
+
+
+def llama3(frequency, rope):
+    """Frequencies of few turns in the original context are divided by the factor, those of many kept."""
+    turns = rope["original_context_length"] * frequency / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / rope["factor"])
+
+
+SCALINGS = {"none": lambda frequency, _: frequency, "linear": lambda f, rope: f / rope["factor"], "llama3": llama3}
 
 
 class Rotary(nn.Module):
@@ -54,15 +77,8 @@ class Rotary(nn.Module):
         """theta^(-2j/K), slowed down where the configuration says so; float64 where the device has it."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         exponent = torch.arange(0, self.head_width, 2, device=device, dtype=dtype) / self.head_width
-        frequency, rope = self.rope["theta"] ** -exponent, self.rope
-        if rope["scaling"] == "linear":
-            return frequency / rope["factor"]
-        if rope["scaling"] == "llama3":
-            turns = rope["original_context_length"] * frequency / (2 * math.pi)
-            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-            kept = ((turns - low) / (high - low)).clamp(0, 1)
-            return frequency * (kept + (1 - kept) / rope["factor"])
-        return frequency
+        scale = choose("rope.scaling", self.rope["scaling"], SCALINGS)
+        return scale(self.rope["theta"] ** -exponent, self.rope)
 
     def forward(self, position_P):
         """Cosines and sines, float32 (P, K) each."""
@@ -103,7 +119,7 @@ class DiTBlock(nn.Module):
         self.k_norm = Norm(config, head) if config.qk_norm else None
         self.attn_out = nn.Linear(config.n_heads * head, width, bias=False)
         self.norm2 = Norm(config, width)
-        widths, activation = ACTIVATIONS[config.mlp]
+        widths, activation = choose("mlp", config.mlp, ACTIVATIONS)
         self.mlp = nn.Sequential(
             nn.Linear(width, widths * inner, bias=config.mlp_bias),
             activation(),
