@@ -105,10 +105,11 @@ def _groups(plan: BatchPlan, stream: RowStream, pipeline_size: int) -> Iterator[
 
 
 def read_rows(position: np.ndarray, num_rows: int, stream: RowStream) -> Rows:
-    """Rows at the given places of a split; places from num_rows on become rows that are not real."""
+    """Rows at the given places of a split; places from num_rows on, and rows of damaged shards
+    that are left out, become rows that are not real."""
     is_real = position < num_rows
-    tokens = stream.read(np.where(is_real, position, 0))
-    return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real))
+    tokens, is_left_out = stream.read_held_out(np.where(is_real, position, 0))
+    return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real & ~is_left_out))
 
 
 def _likelihood_sums(

@@ -225,7 +225,7 @@ def open_session(
     reader = store.newest(step)
     if reader is not None:
         agreement.run_on_all_ranks(lambda: refuse_differences(reader, config, stream, fresh))
-    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps)
+    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps, True)
     interval = (max(config.diffusion.clip_low, config.diffusion.time_epsilon), config.diffusion.clip_high)
     policy = AnomalyPolicy(config.runtime)
     session = Session(config, engine, stream, batches, store, agreement, policy, Cursor(), interval)

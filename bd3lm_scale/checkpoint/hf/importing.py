@@ -6,7 +6,6 @@ Only config.json and safetensors files are read; code that lies in the folder is
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
-from bd3lm_scale.checkpoint.hf.export import VARIANT_FIELDS
+from bd3lm_scale.checkpoint.hf.network import model_fields
 from bd3lm_scale.checkpoint.metadata import UNKNOWN_DATA, default_mask_id, shortest, split_mask_override, weights_meta
 from bd3lm_scale.checkpoint.names import PREFIX, Architecture, shape_problems, table, to_ours
 from bd3lm_scale.config.load import from_dict, to_dict
 from bd3lm_scale.config.schema import RunConfig
-from bd3lm_scale.model.parameters import Rope
 
 PUBLISHED_FIELDS = ("block_size", "vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
 WEIGHTS = "model.safetensors"
@@ -127,13 +125,14 @@ def run_config(
         "mlp_ratio": hf_config.mlp_ratio,
         "dropout": hf_config.dropout,
         "tie_embeddings": hf_config.tied_head,
-        **_variant(hf_config),
+        **model_fields(hf_config),
         "vocab_size": hf_config.vocab_size,
     }
     # our exports say how they were trained
     training = getattr(hf_config, "training", None) or {}
     stored = str(getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None))
     values["precision"] = training.get("precision") or ("bf16" if "bfloat16" in stored else "fp32")
+    values["data"]["wrap_rows"] = bool(training.get("wrap_rows", values["data"]["wrap_rows"]))
     diffusion = values["diffusion"] | (training.get("diffusion") or {})
     diffusion |= {"objective": objective, "ignore_bos": bool(hf_config.ignore_bos)}
     diffusion["time_conditioning"] = None if objective == "ar" else bool(hf_config.time_conditioning)
@@ -142,21 +141,6 @@ def run_config(
         diffusion["clip_low"] = buffers.get("sampling_eps_min", diffusion["clip_low"])
         diffusion["clip_high"] = buffers.get("sampling_eps_max", diffusion["clip_high"])
     return from_dict({**values, "diffusion": diffusion}, overrides)
-
-
-def _variant(hf_config: BD3LMConfig) -> dict[str, Any]:
-    """What config.json says of the network beyond the published fields; null where it says the default."""
-    derived = {
-        "ffn_hidden_size": hf_config.mlp_ratio * hf_config.hidden_dim,
-        "num_kv_heads": hf_config.n_heads,
-        "head_dim": hf_config.hidden_dim // hf_config.n_heads,
-    }
-    found = {ours: getattr(hf_config, theirs) for ours, theirs in VARIANT_FIELDS.items()}
-    found |= {name: None for name, default in derived.items() if found[name] == default}
-    rope = asdict(Rope(**hf_config.rope))
-    found |= {f"rope_{name}": value for name, value in rope.items()}
-    # autoregressive models never have adaptive norms, whatever the field says
-    return found | {"adaln": bool(hf_config.adaln) or hf_config.objective == "ar"}
 
 
 def check_published(files: dict[str, tuple[Path, tuple[int, ...]]], arch: Architecture) -> None:
