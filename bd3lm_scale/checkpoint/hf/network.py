@@ -1,4 +1,4 @@
-"""What config.json says of the network beyond the published fields, both ways; and the exported class held to the table."""
+"""What config.json says of the network beyond the published fields; the exported class compared with the table."""
 
 from dataclasses import asdict
 from typing import Any
