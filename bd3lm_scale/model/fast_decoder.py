@@ -28,7 +28,7 @@ _PREFILL = 1024
 
 
 @dataclass(frozen=True)
-class _Norm:
+class _FoldedNorm:
     """Norm and modulation in one: norm(x) * weight + shift."""
 
     weight: Tensor
@@ -43,14 +43,14 @@ class _Norm:
 class _Layer:
     """One layer's weights; what a network does not have is None (a gate: 1)."""
 
-    norm_attention: _Norm
+    norm_attention: _FoldedNorm
     qkv: Tensor
     qkv_bias: Tensor | None
-    q_norm: _Norm | None
-    k_norm: _Norm | None
+    q_norm: _FoldedNorm | None
+    k_norm: _FoldedNorm | None
     projection: Tensor
     gate_attention: Tensor | None
-    norm_mlp: _Norm
+    norm_mlp: _FoldedNorm
     fc1: Tensor
     fc1_bias: Tensor | None
     fc2: Tensor
@@ -107,9 +107,9 @@ class FastWeights:
     def _take_if_there(self, name: str) -> Tensor | None:
         return self._unused.pop(name, None)
 
-    def _norm(self, name: str, shift: Tensor | None = None, scale: Tensor | None = None) -> _Norm:
+    def _norm(self, name: str, shift: Tensor | None = None, scale: Tensor | None = None) -> _FoldedNorm:
         weight = self._take(name).float()
-        return _Norm(weight if scale is None else weight * (1 + scale), shift, self.arch)
+        return _FoldedNorm(weight if scale is None else weight * (1 + scale), shift, self.arch)
 
     @staticmethod
     def _parts(modulation: Tensor | None, count: int) -> Sequence[Tensor | None]:

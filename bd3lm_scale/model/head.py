@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from bd3lm_scale.model.layer import Norm, modulate
+from bd3lm_scale.model.layer import WeightOnlyNorm, modulate
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 
 
@@ -93,7 +93,7 @@ class Head(nn.Module):
         super().__init__()
         self.config = config
         self.group = group if group.size() > 1 else None
-        self.norm = Norm(config, config.hidden_size)
+        self.norm = WeightOnlyNorm(config, config.hidden_size)
         if config.uses_adaln:
             self.modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size, dtype=config.params_dtype)
         self.output = _Projection(

@@ -41,7 +41,7 @@ class RowParallelNoBias(tensor_parallel.RowParallelLinear):
         super().__init__(*args, **{**kwargs, "bias": False})
 
 
-class Norm(nn.Module):
+class WeightOnlyNorm(nn.Module):
     """The network's norm in fp32, with a weight and no bias. Returns fp32."""
 
     def __init__(self, config: DenoiserConfig, hidden_size: int, **_: Any) -> None:
@@ -54,7 +54,7 @@ class Norm(nn.Module):
         return normalize(x.float(), self.weight.float(), None, self.architecture)
 
 
-class HeadNorm(Norm):
+class HeadNorm(WeightOnlyNorm):
     """The norm of every head's queries or keys, in their own dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,11 +151,11 @@ def layer_spec(arch: Architecture) -> ModuleSpec:
     return ModuleSpec(
         module=DiTLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=WeightOnlyNorm,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary}, submodules=attention
             ),
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=WeightOnlyNorm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),
         ),
     )

@@ -35,6 +35,7 @@ from bd3lm_scale.checkpoint.names import (
 )
 from bd3lm_scale.config.load import from_dict
 from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.values import Interval
 
 CODE_FILES = tuple(
     f"{part}_bd3lm.py"
@@ -175,7 +176,7 @@ def config_fields(
     """The content of config.json: the published fields, and what they leave unsaid."""
     objective = config.diffusion.objective
     clip = meta.get("clip") or {"low": config.diffusion.clip_low, "high": config.diffusion.clip_high}
-    low = max(float(clip["low"]), config.diffusion.time_epsilon)
+    low, _ = Interval(float(clip["low"]), float(clip["high"])).floored(config.diffusion.time_epsilon)
     fields = {
         "architectures": ["BD3LM"],
         "auto_map": {
