@@ -4,6 +4,7 @@ Fast paths that need Apex, Transformer Engine or `main_grad` stay off: the DeepS
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -78,19 +79,7 @@ def make_transformer_config(
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[parallel.recompute]
     return DenoiserConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=architecture.inner,
-        num_attention_heads=model.num_heads,
-        num_query_groups=architecture.kv_heads,
-        kv_channels=architecture.head_width,
-        activation_func=ACTIVATIONS[architecture.mlp],
-        gated_linear_unit=architecture.gates,
-        add_bias_linear=architecture.mlp_bias,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
-        normalization="RMSNorm" if architecture.norm == "rmsnorm" else "LayerNorm",
-        layernorm_epsilon=architecture.norm_eps,
+        **_network_options(architecture),
         hidden_dropout=model.dropout,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
@@ -127,3 +116,22 @@ def make_transformer_config(
         scores_noisy_half_only=config.diffusion.objective == "bd3lm" and not parallel.sequence_parallel,
         **recompute,
     )
+
+
+def _network_options(arch: Architecture) -> dict[str, Any]:
+    """Megatron's names for what the network is made of."""
+    return {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.inner,
+        "num_attention_heads": arch.num_heads,
+        "num_query_groups": arch.kv_heads,
+        "kv_channels": arch.head_width,
+        "activation_func": ACTIVATIONS[arch.mlp],
+        "gated_linear_unit": arch.gates,
+        "add_bias_linear": arch.mlp_bias,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
+        "normalization": "RMSNorm" if arch.norm == "rmsnorm" else "LayerNorm",
+        "layernorm_epsilon": arch.norm_eps,
+    }

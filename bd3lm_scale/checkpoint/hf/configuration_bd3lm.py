@@ -3,6 +3,22 @@
 from transformers import PretrainedConfig
 
 
+NETWORK = {
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "mlp": "gelu",
+    "ffn_hidden_size": None,
+    "n_kv_heads": None,
+    "head_dim": None,
+    "qk_norm": False,
+    "qkv_bias": False,
+    "mlp_bias": True,
+    "head_bias": True,
+    "rope": None,
+}
+"""Fields that published checkpoints do not have, with the published network's values."""
+
+
 class BD3LMConfig(PretrainedConfig):
     """Sizes and objective of a block-diffusion language model, or of one of its baselines.
 
@@ -66,17 +82,6 @@ class BD3LMConfig(PretrainedConfig):
         mask_token_id=None,
         ignore_bos=None,
         tied_head=False,
-        norm="layernorm",
-        norm_eps=1e-5,
-        mlp="gelu",
-        ffn_hidden_size=None,
-        n_kv_heads=None,
-        head_dim=None,
-        qk_norm=False,
-        qkv_bias=False,
-        mlp_bias=True,
-        head_bias=True,
-        rope=None,
         **kwargs,
     ):
         self.block_size = block_size
@@ -100,20 +105,24 @@ class BD3LMConfig(PretrainedConfig):
         self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
         self.ignore_bos = self.objective != "ar" if ignore_bos is None else ignore_bos
         self.tied_head = tied_head
-        self.norm = norm
-        self.norm_eps = norm_eps
-        self.mlp = mlp
-        self.ffn_hidden_size = ffn_hidden_size or mlp_ratio * hidden_dim
-        self.n_kv_heads = n_kv_heads or n_heads
-        self.head_dim = head_dim or hidden_dim // n_heads
-        self.qk_norm = qk_norm
-        self.qkv_bias = qkv_bias
-        self.mlp_bias = mlp_bias
-        self.head_bias = head_bias
-        self.rope = {"theta": 10000.0, "scaling": "none", **(rope or {})}
+        self._set_network({name: kwargs.pop(name, default) for name, default in NETWORK.items()})
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
-        self._check(says_nothing_of_heads=head_dim is None)
+        self._check()
+
+    def _set_network(self, fields):
+        """What differs from the published network; None is derived from other sizes."""
+        if fields["head_dim"] is None and self.hidden_dim % self.n_heads:
+            raise ValueError(f"hidden_dim ({self.hidden_dim}) is not a multiple of n_heads ({self.n_heads})")
+        derived = {
+            "ffn_hidden_size": self.mlp_ratio * self.hidden_dim,
+            "n_kv_heads": self.n_heads,
+            "head_dim": self.hidden_dim // self.n_heads,
+            "rope": {},
+        }
+        for name, value in fields.items():
+            setattr(self, name, derived[name] if value is None else value)
+        self.rope = {"theta": 10000.0, "scaling": "none", **self.rope}
 
     def _derive_objective(self):
         """The published checkpoints do not name their objective, but these fields tell it."""
@@ -123,11 +132,9 @@ class BD3LMConfig(PretrainedConfig):
             return "bd3lm"
         return "sedd" if self.time_conditioning else "mdlm"
 
-    def _check(self, says_nothing_of_heads):
+    def _check(self):
         if self.objective not in ("bd3lm", "mdlm", "sedd", "ar"):
             raise ValueError(f"objective ({self.objective}): unknown; use bd3lm, mdlm, sedd or ar")
-        if says_nothing_of_heads and self.hidden_dim % self.n_heads:
-            raise ValueError(f"hidden_dim ({self.hidden_dim}) is not a multiple of n_heads ({self.n_heads})")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) is not a multiple of n_kv_heads ({self.n_kv_heads})")
         if not 0 <= self.mask_token_id < self.vocab_size:
