@@ -2,7 +2,6 @@
 
 from transformers import PretrainedConfig
 
-
 NETWORK = {
     "norm": "layernorm",
     "norm_eps": 1e-5,
