@@ -50,6 +50,7 @@ NonNegativeWhole = Annotated[Whole, Field(ge=0, le=MOST)]
 PositiveWhole = Annotated[Whole, Field(ge=1, le=MOST)]
 Width = Annotated[Whole, Field(ge=1, le=1_000_000)]
 Ranks = Annotated[Whole, Field(ge=1, le=100_000)]
+Stages = Annotated[Whole, Field(ge=1, le=1_000)]
 Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -145,7 +146,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, config=_SECTION)
 class ModelConfig:
-    """The paper's DiT."""
+    """The network; its defaults are the paper's DiT."""
 
     num_layers: Annotated[Whole, Field(ge=1, le=10_000)] = 12
     hidden_size: Width = 768
@@ -154,6 +155,36 @@ class ModelConfig:
     mlp_ratio: Annotated[Whole, Field(ge=1, le=1_000)] = 4
     dropout: Decay = 0.1
     tie_embeddings: Flag = False
+    adaln: Flag = True
+    """Adaptive layer norm driven by the time embedding (ar never has it)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Before attention, MLP and head; in fp32, with a weight and no bias."""
+    norm_eps: Positive = 1e-5
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """SwiGLU multiplies by a gate of the same width."""
+    ffn_hidden_size: Width | None = None
+    """Inner width of the MLP; default: mlp_ratio * hidden_size."""
+    num_kv_heads: Width | None = None
+    """Heads of keys and values, shared by groups of query heads; default: num_heads."""
+    head_dim: Width | None = None
+    """Width of a head; default: hidden_size / num_heads."""
+    qk_norm: Flag = False
+    """Norm of every head's queries and keys, before they are rotated."""
+    qkv_bias: Flag = False
+    mlp_bias: Flag = True
+    head_bias: Flag = True
+    """Of the output projection onto the vocabulary."""
+    rope_theta: Positive = 10000.0
+    rope_scaling: Literal["none", "llama3", "linear"] = "none"
+    """How rotary frequencies are slowed down for contexts longer than the original one."""
+    rope_factor: Annotated[Number, Field(ge=1)] = 8.0
+    """How many times slower (linear: all frequencies, llama3: the slow ones)."""
+    rope_low_freq_factor: Positive = 1.0
+    """llama3: frequencies of fewer turns than this in the original context are slowed down fully."""
+    rope_high_freq_factor: Positive = 4.0
+    """llama3: frequencies of more turns than this stay."""
+    rope_original_context_length: PositiveWhole = 8192
+    """llama3: the context the frequencies were trained with."""
     vocab_size: Annotated[Whole, Field(ge=2, le=MOST)] | None = None
     """Ids including the mask; default: what the tokenizer beside the shards has."""
     attention: Literal["auto", "flex", "chunked", "dense"] = "auto"
@@ -165,8 +196,8 @@ class ParallelConfig:
     """How the model is cut over ranks; the data-parallel size is what the world leaves."""
 
     tensor_parallel_size: Ranks = 1
-    pipeline_parallel_size: Ranks = 1
-    virtual_pipeline_parallel_size: Ranks | None = None
+    pipeline_parallel_size: Stages = 1
+    virtual_pipeline_parallel_size: Stages | None = None
     """Model chunks per pipeline stage (interleaved schedule); 1 is the same as null."""
     sequence_parallel: Flag = False
     recompute: Literal["none", "selective", "full"] = "none"
@@ -356,7 +387,7 @@ class RunConfig:
     @property
     def uses_adaln(self) -> bool:
         """AR has no time embedding and no adaptive layer norm."""
-        return self.diffusion.objective != "ar"
+        return self.diffusion.objective != "ar" and self.model.adaln
 
     @property
     def time_conditioning(self) -> bool:

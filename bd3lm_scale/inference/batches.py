@@ -89,7 +89,7 @@ def run_sampler(
     """Sample one batch with the sampler that the configuration names.
 
     Args:
-        network: with an empty context: a BlockDenoiser (bd3lm), FullDenoiser (mdlm, sedd) or NextToken (ar).
+        network: with an empty context: a BlockDenoiser (bd3lm), FullSequenceDenoiser (mdlm, sedd) or NextToken (ar).
         request: what to sample.
         config: objective, block size, context and sampling section.
         on_progress: told the number of new tokens.

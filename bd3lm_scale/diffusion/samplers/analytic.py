@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bd3lm_scale.diffusion.samplers.blocks import Batch
-from bd3lm_scale.diffusion.samplers.protocols import FullDenoiser
+from bd3lm_scale.diffusion.samplers.protocols import FullSequenceDenoiser
 from bd3lm_scale.diffusion.samplers.request import BlockTask, SampleRequest, SampleResult, position_uniforms
 from bd3lm_scale.diffusion.samplers.reveal import Reveal, pack_positions, write_tokens
 from bd3lm_scale.diffusion.schedule import Schedule
@@ -28,7 +28,7 @@ LAST_TIME = 1e-5
 
 
 def sample_analytic(
-    denoiser: FullDenoiser,
+    denoiser: FullSequenceDenoiser,
     request: SampleRequest,
     schedule: Schedule,
     steps: int,
