@@ -221,7 +221,9 @@ class BlockDiffusionLM(TemplateLM):
     def _score(self, group: list[Piece], greedy: bool) -> list[tuple[float, float, bool]]:
         tokens_BL, is_real_BL, labels_BL = self._rows(group)
         seeds = [self.seed + zlib.crc32(repr(piece).encode()) for piece in group]  # of the row, wherever it stands
-        scores = self.model.score(tokens_BL, attention_mask=is_real_BL, labels=labels_BL, draws=self.draws, seed=seeds)
+        scores = self.model.score(
+            tokens_BL, attention_mask=is_real_BL, labels=labels_BL, draws=self.draws, seed=cast(Any, seeds)
+        )
         if not bool(scores.nats.isfinite().all()):
             raise ValueError("the model's likelihoods are not finite: its weights hold NaN or infinity")
         same_B = self._is_greedy(tokens_BL, is_real_BL, labels_BL != -100) if greedy else torch.ones(len(group))
