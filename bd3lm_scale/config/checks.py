@@ -118,16 +118,18 @@ def _mask_counts(config: RunConfig) -> list[str]:
         if diffusion.resample:
             found.append(f"{name}: leaves diffusion.resample nothing to redraw; use diffusion.resample=false")
         return found
-    if not diffusion.resample:
+    redraws = diffusion.objective == "bd3lm" and size > 1 if diffusion.resample is None else diffusion.resample
+    if not redraws:
         return found
     if diffusion.objective == "ar":
         return ["diffusion.resample (true): redraws masks, and ar has none; use false"]
+    name = f"diffusion.resample ({'null' if diffusion.resample is None else 'true'})"
     low, high = diffusion.clip_low, diffusion.clip_high
     least = low if low > diffusion.time_epsilon else 0.0
     # under other schedules the shares lie between the mask rates at these times; the first step checks those
     if diffusion.schedule == "loglinear" and not any(least <= k / size <= high for k in range(1, size + 1)):
         found.append(
-            f"diffusion.resample (true): no number of masked tokens above 0 in a block of {size} gives a share in "
+            f"{name}: no number of masked tokens above 0 in a block of {size} gives a share in "
             f"[{low}, {high}]; use resample=false or another clip interval"
         )
     return found

@@ -134,8 +134,9 @@ class DiffusionConfig:
     """Feed the noise level to adaLN; default: true for sedd, false otherwise."""
     ignore_bos: Flag = True
     """Keep each row's first token clean and leave it out of evaluation (always false for ar)."""
-    resample: Flag = False
-    """Redraw blocks whose masked share leaves the clip interval (the reference's trick; docs/method.md)."""
+    resample: Flag | None = False
+    """Redraw blocks whose masked share leaves the clip interval, as the published recipe does (docs/method.md); null:
+    where blocks of bd3lm have more than one token and mask_counts is binomial."""
     mask_counts: Literal["binomial", "stratified"] = "binomial"
     """binomial: each token by itself at the mask rate; stratified: the number of masked tokens first, all equally often
     over the global batch, then their places (docs/method.md)."""

@@ -153,6 +153,12 @@ REFUSED = [
         "another clip interval",
     ),
     (
+        {"diffusion__block_size": 4, "diffusion__resample": None, "diffusion__clip_high": 0.2},
+        "diffusion.resample",
+        {"diffusion__block_size": 8},
+        "another clip interval",
+    ),
+    (
         {"diffusion__mask_counts": "stratified", "diffusion__resample": True},
         "diffusion.mask_counts",
         {"diffusion__resample": False},
