@@ -187,9 +187,8 @@ def test_a_figure_does_not_depend_on_the_requests_beside_it(place, objective):
 def test_noise_has_the_error_that_is_reported(place, caplog):
     lm = BlockDiffusionLM(str(place.folder / "mdlm"), device="cpu")
     context, continuation = "abcd", "efghijk"
-    ids = place.tokenizer.encode(context + continuation)
-    given = len(place.tokenizer.encode(context))
-    exact = -bound_of(lm.model, torch.tensor([ids]), given)
+    before, after = lm._encode_pair(context, continuation)
+    exact = -bound_of(lm.model, torch.tensor([before + after]), len(before))
     values, errors = [], []
     with caplog.at_level("INFO", logger="bd3lm_scale"):
         for seed in range(24):
