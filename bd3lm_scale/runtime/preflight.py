@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from bd3lm_scale.errors import PreflightError
 from bd3lm_scale.runtime.log import get_logger
-from bd3lm_scale.runtime.run_folder import current_attempt, node_name, runtime_folder, write_json
+from bd3lm_scale.runtime.run_folder import current_attempt, node_name, runtime_folder, try_write_json
 
 log = get_logger(__name__)
 
@@ -71,6 +71,7 @@ def run_preflight(
     device: torch.device,
     group: dist.ProcessGroup | None = None,
     min_disk_gib: float = 1.0,
+    attempt: str | None = None,
 ) -> list[Entry]:
     """Measure, gather, log the table (rank 0), and raise PreflightError naming the bad nodes.
 
@@ -80,6 +81,7 @@ def run_preflight(
         device: this rank's device.
         group: a process group over all ranks whose backend takes CPU tensors (gloo); None when alone.
         min_disk_gib: free space the run folder must have.
+        attempt: this attempt's name; by default what the launcher says.
     """
     is_alone = group is None and not dist.is_initialized()
     rank = 0 if is_alone else dist.get_rank()
@@ -93,13 +95,13 @@ def run_preflight(
         for problem in problems:
             (log.error if problem.is_fatal else log.warning)("preflight: node %s: %s", problem.node, problem.text)
         record = {
-            "attempt": current_attempt(),
+            "attempt": attempt or current_attempt(),
             "bad_nodes": sorted({problem.node for problem in fatal}),
             "problems": [asdict(problem) for problem in problems],
             "all_reduce_gb_per_second": bandwidth,
             "ranks": [asdict(entry) for entry in entries],
         }
-        write_json(runtime_folder(run_dir) / "preflight.json", record)
+        try_write_json(runtime_folder(run_dir) / "preflight.json", record)
     if fatal:
         raise PreflightError("; ".join(f"node {problem.node}: {problem.text}" for problem in fatal))
     return entries

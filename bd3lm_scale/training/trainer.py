@@ -3,7 +3,6 @@
 open_session -> parts built, newest valid checkpoint restored -> step, validate, save ... -> close
 """
 
-import shutil
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.store import CheckpointStore
-from bd3lm_scale.config.load import to_dict, to_yaml
+from bd3lm_scale.config.load import to_dict
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import RowStream
@@ -28,6 +27,7 @@ from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 from bd3lm_scale.runtime.lock import RunLock
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.training.checks import refuse_differences, refuse_other_model
+from bd3lm_scale.training.run_files import write_run_files
 from bd3lm_scale.validation import Validation
 from bd3lm_scale.values import Cursor, Rows
 
@@ -233,6 +233,8 @@ def open_session(
     session = Session(config, engine, stream, batches, store, agreement, policy, Cursor(), interval)
     if reader is not None:
         restore(session, reader)
+        if step is not None:
+            store.go_back_to(step)
         session.resumed_from = reader.path
         log.info("resumed %s (step %d, saved as %s)", reader.path, session.step, reader.meta.get("layout"))
         if config.model.dropout > 0 and reader.meta.get("layout") != session.layout() and mesh.is_main_rank:
@@ -240,7 +242,7 @@ def open_session(
     elif config.train.init_from:
         start_from(session, config.train.init_from, config.train.init_weights)
     store.prepare(session.optimizer.slices())
-    agreement.run_on_all_ranks(lambda: write_run_folder(config, stream) if mesh.is_main_rank else None)
+    agreement.run_on_all_ranks(lambda: write_run_files(config, stream) if mesh.is_main_rank else None)
     return session
 
 
@@ -279,17 +281,6 @@ def start_from(session: Session, source: str, weights: str) -> None:
     session.optimizer.restored(0)
     session.optimizer.reset_ema()
     log.info("started from the %s weights of %s (step %s)", kind, reader.path, reader.meta.get("step"))
-
-
-def write_run_folder(config: RunConfig, stream: RowStream) -> None:
-    """Keep the resolved configuration and the tokenizer in the run folder (rank 0)."""
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    if not (folder / "tokenizer").exists():
-        temporary = folder / ".tokenizer"
-        shutil.copytree(stream.tokenizer_path, temporary, dirs_exist_ok=True)
-        temporary.rename(folder / "tokenizer")
 
 
 def set_threads(config: RunConfig, device: torch.device) -> None:
