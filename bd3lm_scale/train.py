@@ -84,7 +84,7 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
             stream, held_out = agreement.run_on_all_ranks(lambda: _open_data(config, mesh.world_size))
             watchdog = Watchdog(config.run_dir, config.runtime, mesh.rank, mesh.world_size, lock.attempt).start()
             parts.callback(watchdog.stop)
-            run_preflight(config.run_dir, to_dict(config), mesh.device, agreement.group, attempt=lock.attempt)
+            run_preflight(config.run_dir, to_dict(config), mesh.device, agreement, attempt=lock.attempt)
             log.info("\n%s", summary(config, mesh.world_size, stream.vocab_size))
             session = open_session(config, mesh, stream, agreement, lock, fresh, step)
             parts.callback(session.close)

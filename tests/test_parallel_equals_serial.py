@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ VPP2, SP = "parallel.virtual_pipeline_parallel_size=2", "parallel.sequence_paral
 Z2, Z3, BF16 = "optim.zero_stage=2", "optim.zero_stage=3", "precision=bf16"
 TIED, FULL = "model.tie_embeddings=true", "parallel.recompute=full"
 AR, MDLM, SEDD = ([f"diffusion.objective={name}"] for name in ("ar", "mdlm", "sedd"))
-ALL_PARTS, DROPOUT = "partition=all", "model.dropout=0.2"
+ALL_PARTS, DROPOUT, FAR_CLIP = "partition=all", "model.dropout=0.2", "optim.grad_clip=1e9"
 NAN, SPIKE, ABSENT = "harm=nan", "harm=spike", "harm=absent"
 LR, WEIGHT_TOLERANCE = 0.003, 0.003 * 5 * 1e-2
 
@@ -39,6 +40,9 @@ CASES = {
         "sedd": ("sedd", SEDD),
         "mdlm": ("mdlm", MDLM),
         "bf16": ("bf16", [BF16]),
+        "bf16_unclipped": ("bf16_unclipped", [BF16, FAR_CLIP]),
+        "zero2_bf16": ("bf16_unclipped", [BF16, Z2, FAR_CLIP]),
+        "zero3_bf16": ("bf16_unclipped", [BF16, Z3, FAR_CLIP]),
         "clipped": ("clipped", ["optim.grad_clip=0.05"]),
         "one_micro_batch": ("plain", ["train.micro_batch_size=8"]),
         "one_row_micro_batches": ("plain", ["train.micro_batch_size=1"]),
@@ -113,6 +117,18 @@ CASES = {
     },
 }  # fmt: skip
 ALL = {name: (world, *case) for world, cases in CASES.items() for name, case in cases.items()}
+STAGES, REDUCE_DTYPES = (1, 2, 3), {1: ("fp32",), 3: ("fp32",), 4: ("fp32", "bf16")}
+
+
+def reductions(world: int) -> dict[str, list[str]]:
+    """Pure data parallelism per ZeRO stage and way to sum, gradients recorded."""
+    return {
+        f"reduce_zero{stage}_{dtype}": [
+            "gradients=record", BF16, f"optim.zero_stage={stage}", f"optim.reduce_dtype={dtype}",
+            "train.global_batch_size=24", "train.micro_batch_size=2",
+        ]
+        for stage in STAGES for dtype in REDUCE_DTYPES.get(world, ())
+    }  # fmt: skip
 
 
 def launch(world: int, folder: Path, cases: dict[str, list[str]]) -> None:
@@ -127,12 +143,27 @@ def launch(world: int, folder: Path, cases: dict[str, list[str]]) -> None:
     assert done.returncode == 0, "\n".join(causes)[-6000:]
 
 
+def read_gradients(folder: Path, name: str, world: int) -> tuple[dict, dict]:
+    """By parameter: gradients that entered the reduction (world, micro-batches, elements); what came out (elements)."""
+    ranks = [dict(np.load(folder / f"{name}.rank{rank}.npz")) for rank in range(world)]
+    entered = {key[:-3]: np.stack([rank[key] for rank in ranks]) for key in ranks[0] if key.endswith("/in")}
+    left = {key: np.full(grads.shape[-1], np.nan, np.float32) for key, grads in entered.items()}
+    for rank in ranks:
+        for key, part in rank.items():
+            if not key.endswith("/in"):
+                parameter, start = key.split("/out/")
+                left[parameter][int(start) : int(start) + len(part)] = part
+    return entered, left
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     found = {}
     for world, cases in CASES.items():
-        launch(world, folder / str(world), {name: overrides for name, (_, overrides) in cases.items()})
+        plain = {name: overrides for name, (_, overrides) in cases.items()}
+        launch(world, folder / str(world), plain | reductions(world))
+        found |= {(world, name): read_gradients(folder / str(world), name, world) for name in reductions(world)}
         for name in cases:
             record = json.loads((folder / str(world) / f"{name}.json").read_text())
             if name != "broken_mpu":
@@ -182,6 +213,51 @@ def test_losses_fall_and_streams_differ_by_step(results):
     hashes = {step["stream_hash"] for step in results["plain"]["steps"]}
     assert len(hashes) == 5
     assert results["clipped"]["steps"][-1]["loss"] != results["plain"]["steps"][-1]["loss"]
+
+
+def misfit(entered: dict, left: dict) -> float:
+    """Share of the reduced gradient's elements further from the exact mean over ranks than fp32 rounding explains."""
+    far = total = 0
+    for name, grads in entered.items():
+        world, micro_batches, elements = grads.shape
+        terms = grads.astype(np.float64) / world
+        rounding = (world * micro_batches + 2) * 2.0**-24 * np.abs(terms).sum((0, 1)) + 1e-40
+        far += int((~(np.abs(left[name] - terms.sum((0, 1))) <= rounding)).sum())
+        total += elements
+    return far / total
+
+
+@pytest.mark.parametrize("world", REDUCE_DTYPES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_gradients_are_summed_over_ranks_in_fp32(results, world, stage):
+    """To fp32 rounding, whatever the number of ranks."""
+    entered, left = results[world, f"reduce_zero{stage}_fp32"]
+    assert all(np.abs(grads).max() > 0 for grads in entered.values())
+    assert misfit(entered, left) == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_reduce_dtype_bf16_rounds_the_sums(results, stage):
+    """The field is obeyed, and the comparison above would see a rounded sum."""
+    assert misfit(*results[4, f"reduce_zero{stage}_bf16"]) > 0.3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_leaves_the_accumulated_gradient_alone(results, stage):
+    """With nobody to add to, the reduction changes no bit of the fp32 sum of the micro-batches."""
+    entered, left = results[1, f"reduce_zero{stage}_fp32"]
+    for name, grads in entered.items():
+        total = np.zeros(grads.shape[-1], np.float32)
+        for gradient in grads[0]:
+            total += gradient
+        assert np.array_equal(left[name], total), name
+
+
+def test_zero_stages_train_bf16_alike(results):
+    """One rank: the same losses, bit for bit (each sums the norm in its own order, so nothing is clipped here)."""
+    names = ("bf16_unclipped", "zero2_bf16", "zero3_bf16")
+    one, two, three = ([step["loss"] for step in results[name]["steps"]] for name in names)
+    assert one == two == three
 
 
 def largest_difference(ours, theirs) -> float:

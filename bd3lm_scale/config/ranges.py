@@ -14,6 +14,7 @@ CHOICES = {
     "model.attention": ("auto", "flex", "chunked", "dense"),
     "parallel.recompute": ("none", "selective", "full"),
     "optim.schedule": ("constant", "cosine"),
+    "optim.reduce_dtype": ("fp32", "bf16"),
     "train.init_weights": ("ema", "raw"),
     "evaluation.weights": ("ema", "raw"),
     "sampling.sampler": ("auto", "first_hitting", "ancestral", "confidence", "entropy", "ar", "analytic"),

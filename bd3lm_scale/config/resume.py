@@ -9,7 +9,7 @@ from bd3lm_scale.config.schema import RunConfig
 RESUME_MAY_CHANGE = (
     "run_dir", "data.path", "data.cache_dir", "data.cache_size_gb", "data.workers", "data.prefetch_steps",
     "data.retries", "data.timeout_seconds", "data.tokenizer", "data.on_bad_shard",
-    "diffusion.clip_search.every_validations", "model.attention", "optim.zero_stage",
+    "diffusion.clip_search.every_validations", "model.attention", "optim.zero_stage", "optim.reduce_dtype",
     "train.steps", "train.micro_batch_size", "train.init_from", "train.init_weights", "train.exact_resume",
     "train.deterministic", "train.compile", "train.threads", "train.time_limit_minutes",
     "parallel.", "evaluation.", "sampling.", "checkpoint.", "runtime.", "logging.",

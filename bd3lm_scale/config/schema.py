@@ -146,6 +146,8 @@ class OptimConfig:
     min_lr: float = 0.0
     """Where the cosine ends."""
     ema_decay: float = 0.9999
+    reduce_dtype: str = "fp32"
+    """fp32 | bf16: how gradients are summed over data-parallel ranks; bf16 halves the traffic and rounds every sum."""
 
 
 @dataclass(frozen=True)

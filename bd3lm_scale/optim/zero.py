@@ -240,7 +240,13 @@ def engine_config(config: OptimConfig, precision: str, micro_batch_size: int) ->
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        # unset, it is the precision: bf16 runs would round fp32 accumulators to bf16 before summing them over ranks
+        "communication_data_type": config.reduce_dtype,
     }
+    if config.zero_stage == 2:
+        # DeepSpeed's scattering path divides bf16 gradients by the number of ranks before it widens them (inexact
+        # unless that is a power of two); this one sums first. Both send one all-reduce of each bucket.
+        derived["zero_optimization"]["reduce_scatter"] = False
     if precision == "bf16":
         derived["bf16"] = {"enabled": True, "immediate_grad_update": True}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -1,6 +1,6 @@
 """Before the first step: is every node fit for the run? One table, bad nodes by name.
 
-Every rank measures itself, rank 0's verdict is computed from the same gathered figures on all ranks, so all of them
+Every rank measures itself, the verdict is computed from the same gathered measurements on all ranks, so all of them
 come to the same conclusion.
 """
 
@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 
 from bd3lm_scale.errors import PreflightError
+from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.runtime.run_folder import current_attempt, node_name, runtime_folder, try_write_json
 
 log = get_logger(__name__)
 
-ENTRY_BYTES = 2048
 MAX_CLOCK_SKEW_SECONDS = 5.0
 MIN_MEMORY_SHARE = 0.8
 SLOW_FACTOR = 1.5
@@ -69,7 +69,7 @@ def run_preflight(
     run_dir: str | Path,
     config: dict,
     device: torch.device,
-    group: dist.ProcessGroup | None = None,
+    agreement: Agreement,
     min_disk_gib: float = 1.0,
     attempt: str | None = None,
 ) -> list[Entry]:
@@ -79,18 +79,17 @@ def run_preflight(
         run_dir: where the table is kept as runtime/preflight.json.
         config: the resolved configuration, as loaded by this rank.
         device: this rank's device.
-        group: a process group over all ranks whose backend takes CPU tensors (gloo); None when alone.
+        agreement: over all ranks.
         min_disk_gib: free space the run folder must have.
         attempt: this attempt's name; by default what the launcher says.
     """
-    is_alone = group is None and not dist.is_initialized()
-    rank = 0 if is_alone else dist.get_rank()
-    entry = measure(rank, Path(run_dir), config, device, group, is_alone)
-    entries = [entry] if is_alone else gather(entry, group)
-    bandwidth = None if is_alone else all_reduce_gb_per_second(device, group)
+    entry = measure(Path(run_dir), config, device, agreement)
+    # JSON, since object collectives would unpickle
+    entries = [Entry(**other) for other in agreement.exchange(asdict(entry))]
+    bandwidth = None if agreement.world_size == 1 else all_reduce_gb_per_second(device, agreement.group)
     problems = judge(entries, min_disk_gib)
     fatal = [problem for problem in problems if problem.is_fatal]
-    if rank == 0:
+    if agreement.rank == 0:
         log.info("preflight\n%s", table(entries, bandwidth))
         for problem in problems:
             (log.error if problem.is_fatal else log.warning)("preflight: node %s: %s", problem.node, problem.text)
@@ -107,19 +106,17 @@ def run_preflight(
     return entries
 
 
-def measure(
-    rank: int, run_dir: Path, config: dict, device: torch.device, group: dist.ProcessGroup | None, is_alone: bool
-) -> Entry:
+def measure(run_dir: Path, config: dict, device: torch.device, agreement: Agreement) -> Entry:
     """This rank's entry; a barrier aligns the clocks of all ranks first."""
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     run_dir.mkdir(parents=True, exist_ok=True)
     versions = f"torch {torch.__version__}" + (f", CUDA {torch.version.cuda}" if on_gpu else "")
     milliseconds = matmul_milliseconds(device)
-    if not is_alone:
-        dist.barrier(group)
+    if agreement.world_size > 1:
+        dist.barrier(agreement.group)
     return Entry(
-        rank=rank,
+        rank=agreement.rank,
         node=node_name(),
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         free_memory_gib=round(free / GIB, 2),
@@ -182,18 +179,6 @@ def table(entries: Sequence[Entry], bandwidth: float | None) -> str:
     if bandwidth is not None:
         lines.append(f"  all-reduce over {len(entries)} ranks: {bandwidth:.2f} GB/s (bus bandwidth)")
     return "\n".join(lines)
-
-
-def gather(entry: Entry, group: dist.ProcessGroup | None) -> list[Entry]:
-    """Every rank's entry, by rank: JSON in byte tensors, since object collectives would unpickle."""
-    text = json.dumps(asdict(entry)).encode()
-    if len(text) > ENTRY_BYTES:
-        raise ValueError(f"preflight entry of {len(text)} bytes exceeds {ENTRY_BYTES}")
-    mine = torch.zeros(ENTRY_BYTES, dtype=torch.uint8)
-    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    return [Entry(**json.loads(bytes(other.numpy()).rstrip(b"\0"))) for other in everyone]
 
 
 def matmul_milliseconds(device: torch.device, size: int | None = None, repeats: int = 3) -> float:

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import torch
-import torch.distributed as dist
-
 from bd3lm_scale.config.schema import RuntimeConfig
+from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.runtime.run_folder import node_name
 
 log = get_logger(__name__)
 
-NAME_BYTES = 256
 MIN_LAG_SECONDS = 0.02  # below this a difference is noise, whatever its ratio
 
 
@@ -98,33 +95,20 @@ class StragglerWatch:
     Around each step: `start`, then `waiting` when own work is done, then `look`, which is collective.
     """
 
-    def __init__(self, config: RuntimeConfig, group: dist.ProcessGroup | None, every_steps: int = 100) -> None:
+    def __init__(self, config: RuntimeConfig, agreement: Agreement, every_steps: int = 100) -> None:
         self.factor = config.straggler_factor
-        self.group = group
+        self.agreement = agreement
         self.every_steps = every_steps
         self.own_work = OwnWork()
         self.start = self.own_work.start
         self.waiting = self.own_work.waiting
-        self._nodes = [] if group is None else gather_names(node_name(), group)
+        self._nodes = agreement.exchange(node_name())
 
     def look(self, step: int) -> Spread | None:
         """The spread, when it is time for it; a straggler is a warning in the log of rank 0."""
-        if self.group is None or step % self.every_steps or self.own_work.seconds == 0.0:
+        if self.agreement.world_size == 1 or step % self.every_steps or self.own_work.seconds == 0.0:
             return None
-        seconds = torch.zeros(dist.get_world_size(self.group), dtype=torch.float64)
-        seconds[dist.get_rank(self.group)] = self.own_work.seconds
-        dist.all_reduce(seconds, group=self.group)
-        spread = find_stragglers(seconds.tolist(), self._nodes, self.factor)
-        if spread.slow_ranks and dist.get_rank(self.group) == 0:
+        spread = find_stragglers(self.agreement.exchange(self.own_work.seconds), self._nodes, self.factor)
+        if spread.slow_ranks and self.agreement.rank == 0:
             log.warning("step %d: %s", step, spread.message())
         return spread
-
-
-def gather_names(name: str, group: dist.ProcessGroup) -> list[str]:
-    """Every rank's name, by rank."""
-    text = name.encode()[:NAME_BYTES]
-    mine = torch.zeros(NAME_BYTES, dtype=torch.uint8)
-    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    return [bytes(other.numpy()).rstrip(b"\0").decode() for other in everyone]

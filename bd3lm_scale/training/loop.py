@@ -30,7 +30,7 @@ def run_loop(
     tokens_per_step = config.train.global_batch_size * config.data.context_length
     shows = session.engine.mesh.is_main_rank and config.logging.progress
     progress = Progress(session.step, config.train.steps, tokens_per_step, shows)
-    stragglers = StragglerWatch(config.runtime, session.engine.host_group)
+    stragglers = StragglerWatch(config.runtime, session.agreement)
     saved_at = session.step if session.resumed_from else -1
     code, reason = ExitCode.FINISHED, "all steps are done"
     while session.step < config.train.steps:

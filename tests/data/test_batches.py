@@ -181,7 +181,7 @@ def test_workers_ignore_the_scheduler_and_end_with_close(dataset, expected):
 
 MAIN = """
 import sys, time
-from bd3lm_scale.config import DataConfig
+from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import open_stream
 from bd3lm_scale.values import Cursor

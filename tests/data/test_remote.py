@@ -250,7 +250,7 @@ def test_process_killed_during_a_transfer_leaves_a_usable_cache(server, tmp_path
     server.faults[SHARD] = ["drip"]
     code = (
         "import sys, numpy as np\n"
-        "from bd3lm_scale.config import DataConfig\n"
+        "from bd3lm_scale.config.schema import DataConfig\n"
         "from bd3lm_scale.data.source import open_source\n"
         "config = DataConfig(path=sys.argv[1], context_length=50, cache_dir=sys.argv[2])\n"
         "open_source(config, 1, 'train', ()).read(np.arange(200))\n"

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node N tests/parallel/worker.py OUTPUT_DIR
 
 OUTPUT_DIR/cases.json: {"name": ["a.b=c", ...], ...}. For each case, OUTPUT_DIR/name.json gets losses, norms,
-hashes and the validation figure, and OUTPUT_DIR/name/checkpoints a checkpoint.
+hashes and the validation figure, and OUTPUT_DIR/name/checkpoints a checkpoint. A case with `gradients=record`
+leaves OUTPUT_DIR/name.rankN.npz: what entered the reduction on rank N, and what came out.
 """
 
 import contextlib
@@ -145,8 +146,37 @@ def harm(what: str, engine: Engine, policy: AnomalyPolicy):
         yield
 
 
+def record_gradients(overrides: list[str], output: Path, world_size: int) -> None:
+    """At step BAD_STEP: each parameter's gradients as they leave backward here, and the reduced ones Adam is given.
+
+    With beta1 = 0 the first moment is the gradient itself; the clip is out of reach; the steps before it move the
+    weights that start at zero, behind which there is no gradient.
+    """
+    exact = ["optim.beta1=0", "optim.grad_clip=1e9", "optim.warmup_steps=0"]
+    config = load_config(ROOT / "configs" / "demo.yaml", [*TINY, *overrides, *exact])
+    check(config, world_size, VOCAB)
+    mesh = init_mesh(config.parallel, "cpu", 60)
+    engine = build_engine(config, mesh, VOCAB, VOCAB - 1, new_host_group())
+    seen: dict[str, list[np.ndarray]] = {name: [] for name, _ in engine.optimizer.named}
+    for name, parameter in engine.optimizer.named:
+        parameter.register_hook(lambda grad, kept=seen[name]: kept.append(grad.float().flatten().numpy().copy()))
+    policy = AnomalyPolicy(config.runtime)
+    for step in range(BAD_STEP + 1):
+        for kept in seen.values():
+            kept.clear()
+        train_step(engine, config, step, batches_of(config, mesh, step), (0.0, 1.0), policy)
+    arrays = {f"{name}/in": np.stack(gradients) for name, gradients in seen.items()}
+    for s in engine.optimizer.slices():
+        arrays[f"{s.name}/out/{s.start}"] = s.tensors["exp_avg"].numpy()
+    np.savez(output.with_name(f"{output.name}.rank{mesh.rank}.npz"), **arrays)
+    parallel_state.destroy_model_parallel()
+
+
 def run_case(name: str, overrides: list[str], output: Path, world_size: int) -> None:
     """Overrides that are none: `sabotage=` what is left out, `harm=` at step BAD_STEP, `partition=all`."""
+    if "gradients=record" in overrides:
+        record_gradients([o for o in overrides if o != "gradients=record"], output / name, world_size)
+        return
     own = {"sabotage": "", "harm": "", "partition": ""}
     own |= dict(o.split("=", 1) for o in overrides if o.split("=", 1)[0] in own)
     with sabotage(own["sabotage"]), partition_everything() if own["partition"] else contextlib.nullcontext():

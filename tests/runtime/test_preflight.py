@@ -42,15 +42,17 @@ def test_fit_nodes_pass_and_fill_one_line_each():
 
 RANK = """
 import os, sys, torch, torch.distributed as dist
+from bd3lm_scale.errors import PreflightError
+from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.log import set_up_logging
-from bd3lm_scale.runtime.preflight import PreflightError, run_preflight
+from bd3lm_scale.runtime.preflight import run_preflight
 rank = int(os.environ["RANK"])
 set_up_logging(sys.argv[1])
 dist.init_process_group("gloo")
 config = {"seed": 2 if os.environ["SLURMD_NODENAME"] == os.environ.get("ODD") else 1}
 try:
-    run_preflight(sys.argv[1], config, torch.device("cpu"))
+    run_preflight(sys.argv[1], config, torch.device("cpu"), Agreement(rank, 3, dist.group.WORLD))
     code = 0
 except PreflightError as error:
     code = ExitCode.PREFLIGHT

@@ -51,13 +51,14 @@ def test_noise_in_tiny_steps_is_no_straggler():
 
 RANK = """
 import os, time, torch.distributed as dist
-from bd3lm_scale.config import RuntimeConfig
+from bd3lm_scale.config.schema import RuntimeConfig
+from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.runtime.log import set_up_logging
 from bd3lm_scale.runtime.stragglers import StragglerWatch
 rank = int(os.environ["RANK"])
 set_up_logging(None)
 dist.init_process_group("gloo")
-watch = StragglerWatch(RuntimeConfig(), dist.group.WORLD, every_steps=5)
+watch = StragglerWatch(RuntimeConfig(), Agreement(rank, 3, dist.group.WORLD), every_steps=5)
 for step in range(1, 11):
     watch.start()
     time.sleep(0.1 if rank == 2 else 0.01)

@@ -14,7 +14,7 @@ from bd3lm_scale.runtime.watchdog import Beat, Watchdog, diagnose, read_beats
 
 LOOP = """
 import os, sys, time
-from bd3lm_scale.config import RuntimeConfig
+from bd3lm_scale.config.schema import RuntimeConfig
 from bd3lm_scale.runtime.log import set_up_logging
 from bd3lm_scale.runtime.watchdog import Watchdog
 run_dir, rank, hang_at, limit, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
