@@ -77,7 +77,7 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
         lock = lock_run(config.run_dir, agreement)
         set_up_logging(config.run_dir, mesh.rank)
         if lock.taken_from:
-            log.warning("took over the run folder from %s", lock.taken_from)
+            log.warning("taking over the run folder from %s", lock.taken_from)
         with ExitStack() as parts:  # closes what was opened, last first, however this ends
             limit, is_owner = config.train.time_limit_minutes, lock.is_held
             stop = agreement.run_on_all_ranks(lambda: StopRequest(config.run_dir, limit, is_owner=is_owner)).install()

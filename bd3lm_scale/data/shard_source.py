@@ -10,6 +10,7 @@ from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota
 from bd3lm_scale.data.reader import ShardReader
 from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, manifest_from_json
 from bd3lm_scale.data.storage import is_remote, join, read_text
+from bd3lm_scale.errors import NoShardLeftError
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,16 @@ class ShardSource:
         if len(self._datasets) > 1:
             self._mixture = MixtureOrder(mixture_quota([m.weight for m in config.mixture]), seed)
 
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """Those of this split, in the order of the datasets."""
+        return tuple(dataset.manifest for dataset in self._datasets)
+
     def seek(self, origin: int) -> None:
         """Told where a batch reader begins; every row can be read at any time, so nothing to do."""
 
     def without(self, excluded: tuple[str, ...]) -> "ShardSource":
-        """The same rows, but for those of exactly these shards."""
+        """The same rows, but for those of exactly these shards. NoShardLeftError when that leaves no row."""
         return ShardSource(self.config, self.seed, self.split, excluded)
 
     def read(self, sample_index: np.ndarray) -> np.ndarray:
@@ -151,6 +157,8 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
             f"data.context_length={config.context_length}; prepare more text or use shorter rows"
         )
     damaged = frozenset(i for i, shard in enumerate(manifest.shards) if prefix + shard.name in source.excluded)
+    if damaged and not np.delete(rows, sorted(damaged)).any():
+        raise NoShardLeftError(path, [prefix + manifest.shards[i].name for i in sorted(damaged)])
     order = RowOrder(rows, source.seed, config.shuffle_window, number, damaged)
     reader = ShardReader(manifest, open_files(path, split, config), config.retries, prefix)
     return _Dataset(manifest, reader, order)

@@ -4,6 +4,7 @@ open_stream(config.data, seed) -> RowStream;   RowStream.read(sample_index) -> (
 """
 
 import dataclasses
+import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.files import open_cache
-from bd3lm_scale.data.shard_source import inside, paths_of, read_manifest, row_payload
+from bd3lm_scale.data.shard_source import ShardSource, inside, paths_of, read_manifest, row_payload
 from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.source import Source, open_source
 from bd3lm_scale.data.storage import is_remote, retrying, transfer
@@ -33,6 +34,8 @@ class RowStream:
         mask_token_id: id of the mask.
         tokenizer_path: local folder with the tokenizer the shards were made with.
         tokenizer_hash: its identity.
+        data_hash: identity of the shards of both splits, wherever they lie: SHA-256 over their checksums in their
+            order. Of the training rows; empty for validation rows and for text tokenized on the fly.
     """
 
     source: Source
@@ -41,6 +44,7 @@ class RowStream:
     mask_token_id: int
     tokenizer_path: str
     tokenizer_hash: str
+    data_hash: str = ""
 
     def read(self, sample_index: np.ndarray) -> np.ndarray:
         """Rows (n, L) int64 for int64 global sample indices (n,). BadShardError when a shard is unreadable."""
@@ -72,7 +76,23 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
     source = open_source(config, seed, split, tuple(cursor.excluded_shards))
     identity = source.tokenizer
     folder = _tokenizer_folder(config, identity)
-    return RowStream(source, source.num_rows, identity.vocab_size, identity.mask_token_id, folder, identity.hash)
+    data_hash = _data_hash(config, source) if split == "train" and isinstance(source, ShardSource) else ""
+    return RowStream(
+        source, source.num_rows, identity.vocab_size, identity.mask_token_id, folder, identity.hash, data_hash
+    )
+
+
+def _data_hash(config: DataConfig, source: ShardSource) -> str:
+    try:
+        held_out = [read_manifest(config, path, "validation") for path in paths_of(config)]
+    except ValueError:  # no validation rows: nothing that could be trained on
+        return ""
+    digest = hashlib.sha256()
+    for manifest in (*source.manifests, *held_out):
+        digest.update(f"{manifest.split} {manifest.chunk_tokens} {manifest.dtype}\n".encode())
+        for shard in manifest.shards:
+            digest.update(f"{shard.sha256}\n".encode())
+    return digest.hexdigest()
 
 
 def bytes_per_token(config: DataConfig, split: str) -> float | None:

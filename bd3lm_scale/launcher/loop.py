@@ -102,7 +102,7 @@ class Launcher:
             self.lock.acquire()
             set_up_logging(self.plan.run_dir, rank=0)
             if self.lock.taken_from:
-                log.warning("took over the run folder from %s", self.lock.taken_from)
+                log.warning("taking over the run folder from %s", self.lock.taken_from)
             forget_stop_file(self.plan.run_dir)
         except tuple(REFUSALS) as error:
             log.error("%s", error)
@@ -242,8 +242,8 @@ class Launcher:
         if action is Action.GIVE_UP:
             log.error("giving up: %s", self.memory.diagnosis())
             return ExitCode.CRASH_LOOP
-        # asked to stop, but the ranks died before they had saved: 85 would promise that nothing is lost
-        return end.code if end.code in set(ExitCode) else ExitCode.FAILED
+        # asked to stop, but the ranks died or hung before they had saved: 85 would promise that nothing is lost
+        return end.code if end.code in set(ExitCode) - {ExitCode.HANG} else ExitCode.FAILED
 
     def _rest(self, seconds: float) -> None:
         if seconds:

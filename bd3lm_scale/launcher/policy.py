@@ -1,5 +1,6 @@
 """What the launcher does after the ranks ended: finish, start again, hand the nodes back, give up. Decisions only."""
 
+import contextlib
 import json
 import signal
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from bd3lm_scale.runtime.exit_codes import NEVER_RETRIED, ExitCode
-from bd3lm_scale.runtime.run_folder import label_of, read_json, try_write_json
+from bd3lm_scale.runtime.run_folder import label_of, read_json, runtime_folder, try_write_json
 from bd3lm_scale.runtime.stop import BY_TIME_LIMIT, BY_USER
 
 MAX_BACKOFF_SECONDS = 300.0
@@ -88,6 +89,7 @@ class Memory:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = run_dir
         self.path = Path(run_dir) / "runtime" / "failures.json"
         found = read_json(self.path)
         self.checkpoint_step = _number(found.get("checkpoint_step"), -1)
@@ -151,6 +153,8 @@ class Memory:
     def _write(self) -> None:
         failures = [asdict(failure) for failure in self.failures[-20:]]
         value = {"checkpoint_step": self.checkpoint_step, "requeues": self.requeues, "failures": failures}
+        with contextlib.suppress(OSError):  # try_write_json says so
+            runtime_folder(self.run_dir)
         try_write_json(self.path, {**value, "under_way": self.under_way})
 
 

@@ -23,6 +23,13 @@ def refuse_differences(reader: CheckpointReader, config: RunConfig, stream: RowS
             f"data.path ({config.data.path}): its tokenizer is not the one {reader.path.name} was trained with; "
             "use the same shards, or another run_dir"
         )
+    saved = reader.meta.get("data_hash")  # older versions kept none, and text tokenized on the fly has none
+    if saved and stream.data_hash and saved != stream.data_hash:
+        field = "data.mixture" if config.data.mixture else f"data.path ({config.data.path})"
+        found.append(
+            f"{field}: other shards than {reader.path.name} was trained with; "
+            "use the same shards (a copy of them anywhere will do), or another run_dir"
+        )
     if found:
         raise ConfigError(found, source=f"resuming {reader.path}")
 

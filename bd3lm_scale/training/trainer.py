@@ -83,7 +83,7 @@ class Session:
         One small exchange per step, so that all ranks stop, or exclude a shard, after the same step.
 
         Raises:
-            BadShardError: on every rank, where data.on_bad_shard is stop.
+            BadShardError: on every rank, where data.on_bad_shard is stop, or no shard is left.
         """
         while True:
             rows, bad_shard = [], None
@@ -107,9 +107,9 @@ class Session:
             self.seek(replace(self.cursor, excluded_shards=excluded))
 
     def seek(self, cursor: Cursor) -> None:
-        """Continue at another place in the data."""
-        self.cursor = cursor
+        """Continue at another place in the data; NoShardLeftError, and nothing changes, where its shards are gone."""
         self.batches.seek(cursor)
+        self.cursor = cursor
 
     def advance(self) -> None:
         """A step is done."""
@@ -192,6 +192,7 @@ class Session:
             "vocab_size": self.stream.vocab_size,
             "mask_token_id": self.stream.mask_token_id,
             "tokenizer_hash": self.stream.tokenizer_hash,
+            "data_hash": self.stream.data_hash,
             "versions": {name: version(name) for name in VERSIONS},
         }
 

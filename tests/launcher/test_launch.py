@@ -42,6 +42,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+PATIENT = ("runtime.silent_seconds=60", "runtime.hang_min_seconds=60")  # where a busy machine must not look like a hang
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
@@ -170,7 +173,7 @@ def everything_in(run_dir):
 
 
 def test_second_launcher_is_refused_at_once_and_the_first_never_notices(config, tmp_path, undisturbed):
-    first = Run(config, tmp_path / "run", faults="slow@step:seconds=0.2")
+    first = Run(config, tmp_path / "run", *PATIENT, faults="slow@step:seconds=0.2")
     first.wait_for_step(3)
     before, log = everything_in(first.run_dir), (first.run_dir / "log.txt").read_text()
     seconds = [Run(config, tmp_path / "run", "train.steps=50").finish() for _ in range(2)]
@@ -185,7 +188,7 @@ def test_second_launcher_is_refused_at_once_and_the_first_never_notices(config, 
 
 
 def test_of_launchers_that_start_together_one_runs(config, tmp_path, undisturbed):
-    runs = [Run(config, tmp_path / "run", faults="slow@step:seconds=0.1") for _ in range(3)]
+    runs = [Run(config, tmp_path / "run", *PATIENT, faults="slow@step:seconds=0.1") for _ in range(3)]
     codes = sorted(run.finish().process.returncode for run in runs)
     assert codes == [0, ExitCode.IN_USE, ExitCode.IN_USE], [run.output for run in runs]
     assert runs[0].losses == undisturbed
@@ -212,7 +215,7 @@ def test_what_earlier_starts_left_says_nothing_about_this_one(config, tmp_path, 
         write_json(runtime / "hang.json", {"attempt": name, "ranks": [1], "text": "long ago"})
         write_json(runtime / "stop_request.json", {"attempt": name, "reason": "SIGTERM"})
     write_json(runtime / "preflight.json", {"attempt": "0.0", "bad_nodes": [socket.gethostname()]})
-    run = Run(config, tmp_path / "run", faults="kill@step=23:rank=0:attempt=0.0").finish()
+    run = Run(config, tmp_path / "run", *PATIENT, faults="kill@step=23:rank=0:attempt=0.0").finish()
     assert run.process.returncode == 0, run.output
     assert run.losses == undisturbed
     assert run.attempts == ["0.0", "0.1"]
@@ -249,7 +252,7 @@ class FullDisk:
 @pytest.mark.faults
 def test_full_disk_does_not_end_the_launcher(config, tmp_path, undisturbed):
     """Nothing that it writes is worth a run: neither which attempt begins, nor its memory, nor a request to stop."""
-    run = Run(config, tmp_path / "run", faults="slow@step:seconds=0.1")
+    run = Run(config, tmp_path / "run", *PATIENT, faults="slow@step:seconds=0.1")
     run.wait_for_step(12)
     with FullDisk(run.process) as disk:
         disk.process.children()[-1].kill()
@@ -260,14 +263,14 @@ def test_full_disk_does_not_end_the_launcher(config, tmp_path, undisturbed):
     assert "cannot be written" in run.output
     assert "bd3lm_scale/launch" not in run.output, "no traceback of the launcher's"
     assert run.attempts == ["0.0", "0.1"]
-    again = Run(config, tmp_path / "run", faults="slow@step:seconds=0.1")
+    again = Run(config, tmp_path / "run", *PATIENT, faults="slow@step:seconds=0.1")
     again.wait_for_step(len(run.losses) + 2)
     with FullDisk(again.process):
         again.process.send_signal(signal.SIGTERM)
         time.sleep(1.5)
         assert again.process.poll() is None, "asked again when there is room"
     assert again.finish().process.returncode == ExitCode.STOPPED, again.output
-    assert Run(config, tmp_path / "run").finish().losses == undisturbed
+    assert Run(config, tmp_path / "run", *PATIENT).finish().losses == undisturbed
 
 
 @pytest.mark.parametrize(
@@ -275,9 +278,9 @@ def test_full_disk_does_not_end_the_launcher(config, tmp_path, undisturbed):
     [pytest.param(13, 11, id="before a save"), pytest.param(23, 21, id="after one", marks=pytest.mark.faults)],
 )
 def test_only_the_first_attempt_goes_back(config, tmp_path, undisturbed, killed_at, resumed_at):
-    assert Run(config, tmp_path / "run").finish().process.returncode == 0
+    assert Run(config, tmp_path / "run", *PATIENT).finish().process.returncode == 0
     fault = f"kill@step={killed_at}:rank=1:attempt=1.0"
-    run = Run(config, tmp_path / "run", "--checkpoint", "10", faults=fault).finish()
+    run = Run(config, tmp_path / "run", *PATIENT, "--checkpoint", "10", faults=fault).finish()
     assert run.process.returncode == 0, run.output
     lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").open()]
     first = {line["attempt"]: line["step"] for line in reversed(lines)}
@@ -292,7 +295,7 @@ def test_only_the_first_attempt_goes_back(config, tmp_path, undisturbed, killed_
 def test_a_stop_whose_last_save_fails_is_a_failure(config, tmp_path, how):
     """85 would promise that nothing is lost; and nobody starts again what was told to stop."""
     faults = "slow@step:seconds=0.1,error@save:before_manifest"
-    run = Run(config, tmp_path / "run", "checkpoint.every_steps=1000", faults=faults)
+    run = Run(config, tmp_path / "run", *PATIENT, "checkpoint.every_steps=1000", faults=faults)
     run.wait_for_step(3)
     if how == "STOP":
         (tmp_path / "run" / "STOP").mkdir()  # a folder is as good as a file
@@ -317,7 +320,7 @@ def test_wrong_command_lines_and_folders_start_nothing(config, tmp_path):
         "--bogus": Run(config, tmp_path / "run", "--bogus"),
         "--checkpoint": Run(config, tmp_path / "run", "--checkpoint", "five"),
         "'--nproc'": Run(config, tmp_path / "run", options=("--nproc", "2")),
-        "No closing quotation": Run(config, tmp_path / "run", options=("--srun-args", "--comment='a")),
+        "No closing quotation": Run(config, tmp_path / "run", options=("--srun-args=--comment='a",)),
         "cannot be written": Run(config, tmp_path / "file"),
         "SLURM_GPUS_ON_NODE": Run(
             config, tmp_path / "run", nproc=0, environment={"SLURM_GPUS_ON_NODE": "eight"}
