@@ -77,6 +77,7 @@ def import_lightning(
     average = _part(content, "ema").get("shadow_params")
     if average is not None and not isinstance(average, list | tuple):
         raise ValueError(f"{source}: ema.shadow_params is no list of tensors")
+    average = None if average is None else list(average)
     refuse_odd_tensors(source, {**state, **{f"ema.shadow_params[{i}]": t for i, t in enumerate(average or ())}})
     step = content.get("global_step", 0)
     if not isinstance(step, int) or not 0 <= step < MAX_NUMBER:
