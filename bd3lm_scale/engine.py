@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import bd3lm_scale.parallel.quiet_megatron  # noqa: F401  before anything that imports Megatron
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.diffusion.loss import score_rows
-from bd3lm_scale.diffusion.noising import Process, make_process
+from bd3lm_scale.diffusion.process import Process, make_process
 from bd3lm_scale.diffusion.visibility import training_visibility
 from bd3lm_scale.model.denoiser import ChunkList, Denoiser, build_chunks, named_parameters, pipeline_sequence_length
 from bd3lm_scale.model.transformer_config import DenoiserConfig, make_transformer_config

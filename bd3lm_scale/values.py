@@ -55,6 +55,8 @@ class NoisyRows:
         weight_BL: float32 positive loss weight, 0 where not scored and in padding rows.
         counts_BL: bool, tokens that count in the evaluation denominator.
         time_BN: float64 diffusion time of each block (AR: zeros of shape (B, 1)).
+        masked_count_BN: int64 tokens of each block that the noise masked, the row's first one included even where it
+            is shown clean.
         sigma_B: float32 noise level the network is conditioned on (zeros without time conditioning).
         position_B: int64 place of each row in the global batch.
         is_real_B: bool, False for padding rows.
@@ -66,6 +68,7 @@ class NoisyRows:
     weight_BL: Tensor
     counts_BL: Tensor
     time_BN: Tensor
+    masked_count_BN: Tensor
     sigma_B: Tensor
     position_B: Tensor
     is_real_B: Tensor

@@ -152,6 +152,8 @@ class Lightning:
                         state[key] = odd_tensor(state[key], draw)
             elif how == 1 and isinstance(content.get("ema"), dict):
                 change_tree(content["ema"], draw, odd_values)
+            elif how == 2 and draw.random() < 0.2:
+                content[draw.choice(["global_step", "state_dict", "ema"])] = odd_values(draw)
             elif how == 2:
                 content["hyper_parameters"] = {"config": {"model": {"length": 16}, "block_size": 4}}
                 change_tree(content, draw, odd_values)

@@ -6,6 +6,7 @@ hostile file holds is refused with a message that names the file; no size in it 
 """
 
 import re
+import reprlib
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def import_lightning(
     refuse_odd_tensors(source, {**state, **{f"ema.shadow_params[{i}]": t for i, t in enumerate(average or ())}})
     step = content.get("global_step", 0)
     if not isinstance(step, int) or not 0 <= step < MAX_NUMBER:
-        raise ValueError(f"{source}: global_step ({str(step)[:40]}) is no number of steps")
+        raise ValueError(f"{source}: global_step ({reprlib.repr(step)}) is no number of steps")
     mask_override, overrides = split_mask_override(overrides)
     try:
         reference = plain(_part(content, "hyper_parameters").get("config"))
@@ -132,7 +133,7 @@ def refuse_odd_tensors(source: Path, tensors: dict[Any, Any]) -> None:
     problems = []
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            problems.append(f"{str(name)[:80]} is no tensor")
+            problems.append(f"{reprlib.repr(name)} is no tensor")
         elif tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
             problems.append(f"{name[:80]} is {tensor.dtype}, {tensor.layout}, on {tensor.device}")
         elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

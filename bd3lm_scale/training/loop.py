@@ -138,5 +138,6 @@ def _validate(session: Session, held_out: RowStream, metrics: MetricsWriter, wat
         **vars(likelihood),
         clip_low=session.interval[0],
         clip_high=session.interval[1],
-        variance={f"{low:g}-{high:g}": value for (low, high), value in table.items()},
+        variance={f"{low:g}-{high:g}": loss.variance for (low, high), loss in table.items()},
+        relative_variance={f"{low:g}-{high:g}": loss.relative for (low, high), loss in table.items()},
     )

@@ -16,7 +16,7 @@ from bd3lm_scale.config.load import to_dict
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import RowStream
-from bd3lm_scale.diffusion.clip_search import choose_interval, variance_table
+from bd3lm_scale.diffusion.clip_search import Interval, LossMoments, choose_interval, loss_table
 from bd3lm_scale.engine import Engine, build_engine, sum_over_ranks
 from bd3lm_scale.errors import BadShardError, CheckpointError, FencedError
 from bd3lm_scale.optim.zero import ZeroOptimizer
@@ -115,15 +115,13 @@ class Session:
         """A step is done."""
         self.cursor = replace(self.cursor, step=self.cursor.step + 1)
 
-    def search_clip_interval(self, validation: Validation) -> dict[tuple[float, float], float]:
-        """The variance of every candidate interval; the best is used for training from now on, if so configured."""
+    def search_clip_interval(self, validation: Validation) -> dict[Interval, LossMoments]:
+        """The loss under every candidate interval; the best is used for training from now on, if so configured."""
         search, self.validations = self.config.diffusion.clip_search, self.validations + 1
         is_due = search.enabled and self.config.diffusion.objective in ("bd3lm", "mdlm")
         if not is_due or self.validations % search.every_validations:
             return {}
-        size = self.config.block_size
-        schedule = self.engine.process.schedule
-        table = variance_table(validation.moments, search.widths, search.step, size, self.interval, schedule)
+        table = loss_table(validation.moments, self.engine.process, search.widths, search.step, self.interval)
         best = choose_interval(table, self.interval)
         if search.apply and best != self.interval:
             log.info("clip interval U[%g, %g] -> U[%g, %g]", *self.interval, *best)
@@ -228,7 +226,7 @@ def open_session(
     reader = store.newest(step)
     if reader is not None:
         agreement.run_on_all_ranks(lambda: refuse_differences(reader, config, stream, fresh))
-    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps)
+    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps, True)
     interval = (max(config.diffusion.clip_low, config.diffusion.time_epsilon), config.diffusion.clip_high)
     policy = AnomalyPolicy(config.runtime)
     session = Session(config, engine, stream, batches, store, agreement, policy, Cursor(), interval)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.fuzz_files import KINDS, fuzz
+from tests.fuzz_files import fuzz
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_every_case_is_accepted_or_refused(kind, tmp_path):
-    outcomes = fuzz(kind, seed=20, cases=120, folder=tmp_path)
-    assert outcomes["refused"] > 40, outcomes
+@pytest.mark.parametrize(("kind", "cases"), [("native", 120), ("lightning", 60), ("hf", 150)])
+def test_every_case_is_accepted_or_refused(kind, cases, tmp_path):
+    outcomes = fuzz(kind, seed=20, cases=cases, folder=tmp_path)
+    assert outcomes["refused"] > cases / 3, outcomes
     assert outcomes["accepted"] > 0, outcomes

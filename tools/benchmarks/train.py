@@ -25,7 +25,8 @@ from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
 from bd3lm_scale.config.load import load_config
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.diffusion.loss import num_loss_tokens, score_rows
-from bd3lm_scale.diffusion.noising import Process, make_process, noise_rows
+from bd3lm_scale.diffusion.noising import noise_rows
+from bd3lm_scale.diffusion.process import Process, make_process
 from bd3lm_scale.engine import build_engine, prepare_batch
 from bd3lm_scale.optim.ema import AdamWithEma
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh

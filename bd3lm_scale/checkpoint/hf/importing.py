@@ -5,6 +5,7 @@ Only config.json and safetensors files are read; code that lies in the folder is
 
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -73,13 +74,13 @@ def read_config(source: Path) -> dict[str, Any]:
     kind = fields.get("model_type")
     if kind != "bd3lm":
         raise ValueError(
-            f"{path}: model_type is {str(kind)[:80]!r}, another architecture; only bd3lm folders can be imported"
+            f"{path}: model_type is {reprlib.repr(kind)}, another architecture; only bd3lm folders can be imported"
         )
     missing = [name for name in PUBLISHED_FIELDS if name not in fields]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; is it complete?")
     problems = [
-        f"{name} ({str(fields[name])[:80]}): not {expected}"
+        f"{name} ({reprlib.repr(fields[name])}): not {expected}"
         for name, (is_right, expected) in FIELD_KINDS.items()
         if name in fields and not is_right(fields[name])
     ]
@@ -110,7 +111,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _whole_number(source: Path, fields: dict[str, Any], name: str) -> int:
     value = fields.get(name, 0)
     if not _is_count(value) and value != 0:
-        raise ValueError(f"{source / 'config.json'}: training.{name} ({str(value)[:80]}): not a count")
+        raise ValueError(f"{source / 'config.json'}: training.{name} ({reprlib.repr(value)}): not a count")
     return value
 
 
@@ -148,7 +149,7 @@ def tensor_files(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         odd = [name for name in names if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name)]
         if odd:
             raise ValueError(
-                f"{source / INDEX}: weight_map names {str(odd[0])[:80]!r}; not a safetensors file beside it"
+                f"{source / INDEX}: weight_map names {reprlib.repr(odd[0])}; not a safetensors file beside it"
             )
         files = [source / name for name in sorted(set(names))]
     elif (source / WEIGHTS).is_file():
