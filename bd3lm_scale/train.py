@@ -92,7 +92,8 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
             parts.callback(metrics.close)
             code, reason = run_loop(session, held_out, stop, metrics, watchdog)
     except tuple(EXIT_CODES) as error:
-        code, reason = EXIT_CODES[type(error)], str(error)
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        reason = str(error)
     except Exception as error:
         code, reason = ExitCode.FAILED, f"{type(error).__name__}: {error}"
         log.exception("this rank failed")

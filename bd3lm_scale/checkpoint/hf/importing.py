@@ -151,7 +151,7 @@ def tensor_files(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
             raise ValueError(
                 f"{source / INDEX}: weight_map names {reprlib.repr(odd[0])}; not a safetensors file beside it"
             )
-        files = [source / name for name in sorted(set(names))]
+        files = [source / name for name in sorted(map(str, set(names)))]
     elif (source / WEIGHTS).is_file():
         files = [source / WEIGHTS]
     else:
