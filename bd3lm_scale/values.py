@@ -7,11 +7,23 @@ P positions the transformer reads ([noisy ; clean] = 2L, or L), R rows the head 
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CLEAN_VIEW = 0
+
+
+class Interval(NamedTuple):
+    """Diffusion times are drawn uniformly from [low, high]; equal ends give that time everywhere."""
+
+    low: float
+    high: float
+
+    def floored(self, time_epsilon: float) -> "Interval":
+        """The same without the times below `time_epsilon`, which are never drawn."""
+        return Interval(max(self.low, time_epsilon), self.high)
 
 
 @dataclass(frozen=True)

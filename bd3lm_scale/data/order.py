@@ -26,9 +26,9 @@ class _EpochTable:
     window_start: np.ndarray  # (W + 1,) rows before each window
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowOrder:
-    """The order of one dataset.
+    """The order of one dataset; remembers the last epochs' tables.
 
     Attributes:
         rows_per_shard: int64 (S,), in manifest order.

@@ -14,7 +14,7 @@ BAD, IGNORED = "bad: ", "ignored: "
 
 
 @dataclass(frozen=True)
-class Head:
+class InputCursor:
     """A place between units, and the counts up to there.
 
     Attributes:
@@ -33,7 +33,7 @@ class Head:
     counts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, raw: dict) -> "Head":
+    def from_json(cls, raw: dict) -> "InputCursor":
         """Out of its `dataclasses.asdict`, through JSON."""
         return cls(**{**raw, "text_bytes": tuple(raw["text_bytes"])})
 
@@ -142,7 +142,7 @@ class Splitter:
                 f"--validation-documents {task.validation_documents}: the inputs have only {num_documents} documents"
             )
 
-    def split(self, unit: Unit, tokens: Tokens, head: Head) -> tuple[list[Run], Head]:
+    def split(self, unit: Unit, tokens: Tokens, head: InputCursor) -> tuple[list[Run], InputCursor]:
         """The tokens for each of SPLITS, and the head after the unit."""
         held_out = self._held_out(unit, tokens, head)
         token_held_out = np.repeat(held_out, tokens.lengths)
@@ -151,7 +151,7 @@ class Splitter:
             lengths = np.where(held_out == chosen, tokens.lengths, 0)
             begins = tokens.starts & (lengths > 0)
             runs.append(Run(tokens.ids[token_held_out == chosen], (np.cumsum(lengths) - lengths)[begins]))
-        following = Head(
+        following = InputCursor(
             file=unit.next_place[0],
             record=unit.next_place[1],
             documents=head.documents + int(tokens.starts.sum()),
@@ -164,7 +164,7 @@ class Splitter:
         )
         return runs, following
 
-    def _held_out(self, unit: Unit, tokens: Tokens, head: Head) -> np.ndarray:
+    def _held_out(self, unit: Unit, tokens: Tokens, head: InputCursor) -> np.ndarray:
         """Which records of the unit go to validation; a piece goes where its document's first piece went."""
         if unit.file >= len(self._task.inputs):
             return np.ones(len(tokens.starts), bool)

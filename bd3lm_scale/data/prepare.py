@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_scale.data.inputs import changed_inputs
-from bd3lm_scale.data.packing import BAD, IGNORED, SPLITS, Head, Packer, Run, Splitter, join
+from bd3lm_scale.data.packing import BAD, IGNORED, SPLITS, InputCursor, Packer, Run, Splitter, join
 from bd3lm_scale.data.shards import (
     MANIFEST,
     Manifest,
@@ -97,7 +97,7 @@ def _description(task: Preparation, tokenizer: Tokenizer) -> dict:
 
 
 def _manifests(
-    task: Preparation, tokenizer: Tokenizer, shards: dict[str, list[Shard]], head: Head, description: dict
+    task: Preparation, tokenizer: Tokenizer, shards: dict[str, list[Shard]], head: InputCursor, description: dict
 ) -> dict[str, Manifest]:
     if not any(shards.values()):
         passed = {name: count for name, count in head.counts.items() if name.startswith((BAD, IGNORED))}
@@ -121,7 +121,7 @@ def _manifests(
     }
 
 
-def _what_was_read(task: Preparation, head: Head) -> dict:
+def _what_was_read(task: Preparation, head: InputCursor) -> dict:
     """What the manifests keep of the reading: files by kind, documents, and all that is not in the shards."""
     files = Counter(task.options.kind(path) for path in task.files)
     ignored = Counter(dict(task.ignored))
@@ -209,7 +209,7 @@ class _ProgressLog:
     def __init__(self, path: Path, description: dict):
         self._path = path
         self.shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-        self.head = Head()
+        self.head = InputCursor()
         # what follows the last newline was being written when the process died
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         if not lines:
@@ -219,7 +219,7 @@ class _ProgressLog:
             _refuse_changes(path.parent, before if isinstance(before, dict) else {}, description)
             for entry in entries:
                 self.shards[entry["split"]].append(shard_from_json(entry["shard"]))
-                self.head = Head.from_json(entry["head"])
+                self.head = InputCursor.from_json(entry["head"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as problem:
             raise ValueError(f"{path}: damaged ({problem}); remove {path.parent} and prepare anew") from problem
         write_file(path, "\n".join(lines) + "\n")
@@ -244,7 +244,7 @@ class _ProgressLog:
         with np.load(self._pending_file(self._num_shards), allow_pickle=False) as arrays:
             return Run(arrays[f"{split}_ids"], arrays[f"{split}_document_starts"])
 
-    def append(self, split: str, shard: Shard, head: Head, packers: list[Packer]) -> None:
+    def append(self, split: str, shard: Shard, head: InputCursor, packers: list[Packer]) -> None:
         """Record a shard that a packer has just added to `shards`."""
         train, validation = (packer.pending for packer in packers)
         with self._pending_file(self._num_shards).open("wb") as file:

@@ -31,7 +31,7 @@ _FOLDER_FILES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Tokenizer:
     """Text to ids and back.
 

@@ -25,9 +25,7 @@ from torch import Tensor
 from bd3lm_scale.diffusion.mask_counts import count_weights, total_weight
 from bd3lm_scale.diffusion.process import Process
 from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES, get_schedule
-from bd3lm_scale.values import LossSum, NoisyRows
-
-Interval = tuple[float, float]
+from bd3lm_scale.values import Interval, LossSum, NoisyRows
 
 HYSTERESIS = 0.01
 """Another interval must have this much less relative variance, so that rounding never flips the choice."""
@@ -141,15 +139,15 @@ def candidate_intervals(widths: tuple[float, ...], step: float, epsilon: float, 
 
     For blocks of one token only the full interval and (1, 1), the exact likelihood, are of interest.
     """
-    full = (epsilon, 1.0)
+    full = Interval(epsilon, 1.0)
     if block_size == 1:
-        return [full, (1.0, 1.0)]
+        return [full, Interval(1.0, 1.0)]
     intervals = [full]
     for width in widths:
         places = int((1.0 - width) / step + 1e-9) + 1
         for place in range(places):
             low = round(place * step, 12)
-            intervals.append((max(low, epsilon), min(1.0, round(low + width, 12))))
+            intervals.append(Interval(max(low, epsilon), min(1.0, round(low + width, 12))))
     return list(dict.fromkeys(intervals))
 
 

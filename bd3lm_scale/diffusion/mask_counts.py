@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bd3lm_scale.diffusion.process import Process
 from bd3lm_scale.diffusion.schedule import Schedule
+from bd3lm_scale.values import Interval
 
 POWERS = 3
 """Of the weight: 0, 1 and 2."""
@@ -32,7 +33,7 @@ _NODES, _CELLS = 1024, 1 << 22
 """Gauss-Legendre nodes in ln t; largest table of binomial chances held at once."""
 
 
-def allowed_counts(process: Process, interval: tuple[float, float]) -> tuple[int, int]:
+def allowed_counts(process: Process, interval: Interval) -> tuple[int, int]:
     """First and last number of masked tokens that training keeps under a clip interval.
 
     Training is possible where last >= max(first, 1).
@@ -71,7 +72,7 @@ def stratified_weights(time_BN: Tensor, process: Process) -> Tensor:
     return torch.where(time_BN >= 1.0, 1.0, slope_BN * process.block_size / stratified_counts(time_BN, process))
 
 
-def count_weights(process: Process, interval: tuple[float, float]) -> Tensor:
+def count_weights(process: Process, interval: Interval) -> Tensor:
     """Mean over the training noise of w^q where k tokens are masked, float64 (POWERS, S + 1), q = 0, 1, 2.
 
     Row 0 is the law of k. All nan where `resample` admits no count. Integrated over the time by Gauss-Legendre in
@@ -82,7 +83,7 @@ def count_weights(process: Process, interval: tuple[float, float]) -> Tensor:
     return _binomial_law(process, process.training_interval(*interval), allowed_counts(process, interval))
 
 
-def unseen_share(process: Process, interval: tuple[float, float], blocks: int) -> float:
+def unseen_share(process: Process, interval: Interval, blocks: int) -> float:
     """Share of the second moment of w that lies at times so small that `blocks` blocks are likely to miss them.
 
     The loss's tail at the singular end of 1/t: below a time under which three blocks with a masked token are expected,
@@ -94,7 +95,7 @@ def unseen_share(process: Process, interval: tuple[float, float], blocks: int) -
         return 0.0
 
     def below(time: float) -> tuple[float, float]:
-        law = _binomial_law(process, (low, time), counts) * (time - low) / (high - low)
+        law = _binomial_law(process, Interval(low, time), counts) * (time - low) / (high - low)
         return float(law[0, 1:].sum()), float(law[2] @ torch.arange(process.block_size + 1, dtype=torch.float64))
 
     left, right = low, high
@@ -104,7 +105,7 @@ def unseen_share(process: Process, interval: tuple[float, float], blocks: int) -
     return below(right)[1] / below(high)[1]
 
 
-def _binomial_law(process: Process, times: tuple[float, float], counts: tuple[int, int]) -> Tensor:
+def _binomial_law(process: Process, times: Interval, counts: tuple[int, int]) -> Tensor:
     """`count_weights` of binomial counts, given that they are first ... last, over U[times]."""
     size, (first, last) = process.block_size, counts
     if last < max(first, 1):
@@ -118,7 +119,7 @@ def _binomial_law(process: Process, times: tuple[float, float], counts: tuple[in
     return law
 
 
-def total_weight(process: Process, interval: tuple[float, float]) -> float:
+def total_weight(process: Process, interval: Interval) -> float:
     """Mean of w p, the weight that a token has in the loss, over the times of an interval; 1 for loglinear."""
     low, high = process.training_times(*interval)
     if high <= low:
@@ -154,7 +155,7 @@ def _legendre(nodes: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(node_T), torch.from_numpy(weight_T)
 
 
-def _stratified_law(process: Process, interval: tuple[float, float]) -> Tensor:
+def _stratified_law(process: Process, interval: Interval) -> Tensor:
     """`count_weights` of stratified counts, count by count: k is masked while p(t) is in ((k-1)/S, k/S]."""
     schedule, size, (low, high) = process.schedule, process.block_size, interval
     law = torch.zeros(POWERS, size + 1, dtype=torch.float64)

@@ -21,13 +21,13 @@ from bd3lm_scale.diffusion.process import Process
 from bd3lm_scale.diffusion.schedule import Schedule, get_schedule
 from bd3lm_scale.diffusion.times import draw_times, evaluation_times
 from bd3lm_scale.rng import derive_key, mix64, random_words
-from bd3lm_scale.values import NoisyRows, Rows
+from bd3lm_scale.values import Interval, NoisyRows, Rows
 
 _MAX_REDRAWS = 10_000
 
 
 def noise_rows(
-    rows: Rows, process: Process, *, seed: int, step: int, global_batch_size: int, interval: tuple[float, float]
+    rows: Rows, process: Process, *, seed: int, step: int, global_batch_size: int, interval: Interval
 ) -> NoisyRows:
     """Noise a training micro-batch; a pure function of (seed, step, position in the global batch).
 
@@ -56,7 +56,7 @@ def noise_rows(
 
 
 def noise_rows_for_evaluation(
-    rows: Rows, process: Process, *, seed: int, draw: int, num_rows: int, interval: tuple[float, float] | None = None
+    rows: Rows, process: Process, *, seed: int, draw: int, num_rows: int, interval: Interval | None = None
 ) -> NoisyRows:
     """Noise validation rows: the same for a given (seed, draw, row) whatever the batch size or device count.
 
@@ -74,7 +74,7 @@ def noise_rows_for_evaluation(
     if process.objective == "ar":
         return _next_token_rows(rows, process)
     schedule = process.schedule if process.schedule.name == "loglinear" else get_schedule("loglinear")
-    interval = process.evaluation_interval() if interval is None else process.training_interval(*interval)
+    interval = process.evaluation_interval() if interval is None else Interval(*interval).floored(process.time_epsilon)
     time_BN = evaluation_times(seed, draw, rows.position_B, process.num_blocks, num_rows, interval)
     keys = [derive_key(seed, "evaluation masks", draw, row) for row in rows.position_B.tolist()]
     is_masked_BL = _draw_masks(keys, time_BN, schedule, process)
@@ -108,7 +108,7 @@ def _draw_counted_masks(keys: list[int], count_BN: Tensor, process: Process) -> 
 
 
 def _resample(
-    is_masked_BL: np.ndarray, keys: list[int], time_BN: Tensor, interval: tuple[float, float], process: Process
+    is_masked_BL: np.ndarray, keys: list[int], time_BN: Tensor, interval: Interval, process: Process
 ) -> np.ndarray:
     """Redraw whole blocks, at the same time, until their number of masked tokens is an allowed one."""
     size, (first, last) = process.block_size, allowed_counts(process, interval)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from bd3lm_scale.config.schema import DiffusionConfig
 from bd3lm_scale.diffusion.schedule import Schedule, get_schedule
+from bd3lm_scale.values import Interval
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,23 @@ class Process:
         """N, blocks (and so diffusion times) in a row."""
         return self.context_length // self.block_size
 
-    def training_interval(self, low: float, high: float) -> tuple[float, float]:
+    def training_interval(self, low: float, high: float) -> Interval:
         """The clip interval (low, high) as it is named everywhere: [max(low, time_epsilon), high]."""
-        return max(low, self.time_epsilon), high
+        return Interval(low, high).floored(self.time_epsilon)
 
-    def training_times(self, low: float, high: float) -> tuple[float, float]:
+    def training_times(self, low: float, high: float) -> Interval:
         """The interval that training times come from.
 
         It is the clip interval, except that stratified counts have no singular weight to keep away from: their full
         interval starts at 0, where their mean is the bound itself.
         """
         starts_at_zero = self.mask_counts == "stratified" and low <= self.time_epsilon
-        return (0.0, high) if starts_at_zero else self.training_interval(low, high)
+        return Interval(0.0, high) if starts_at_zero else self.training_interval(low, high)
 
-    def evaluation_interval(self) -> tuple[float, float]:
+    def evaluation_interval(self) -> Interval:
         """Where evaluation times come from: (time_epsilon, 1); blocks of one token are exact at (1, 1)."""
         is_exact = self.objective == "bd3lm" and self.block_size == 1
-        return (1.0, 1.0) if is_exact else (self.time_epsilon, 1.0)
+        return Interval(1.0, 1.0) if is_exact else Interval(self.time_epsilon, 1.0)
 
 
 def make_process(config: DiffusionConfig, context_length: int, vocab_size: int, mask_token_id: int) -> Process:

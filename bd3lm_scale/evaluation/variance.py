@@ -21,7 +21,7 @@ from bd3lm_scale.config.flops import flops_per_token
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.data.stream import RowStream
-from bd3lm_scale.diffusion.clip_search import Interval, LossMoments, least_noisy, loss_table
+from bd3lm_scale.diffusion.clip_search import LossMoments, least_noisy, loss_table
 from bd3lm_scale.diffusion.loss import num_loss_tokens
 from bd3lm_scale.diffusion.mask_counts import unseen_share
 from bd3lm_scale.diffusion.noising import noise_rows
@@ -32,7 +32,7 @@ from bd3lm_scale.model.denoiser import named_parameters
 from bd3lm_scale.parallel.pipeline import data_group, embedding_group, tensor_group
 from bd3lm_scale.parallel.shards import description_of
 from bd3lm_scale.validation import Validation, read_rows
-from bd3lm_scale.values import Rows
+from bd3lm_scale.values import Interval, Rows
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ def measure_variance(
     tables = _tables(engine, config, validation, in_force)
     own = config.diffusion.schedule
     if config.diffusion.objective == "ar":
-        intervals, draws = [(1.0, 1.0)], 2  # nothing is drawn: two equal gradients
+        intervals, draws = [Interval(1.0, 1.0)], 2  # nothing is drawn: two equal gradients
     else:
         best = least_noisy(tables[own]) or in_force
-        intervals = list(dict.fromkeys([(config.diffusion.time_epsilon, 1.0), in_force, best]))
+        intervals = list(dict.fromkeys([Interval(config.diffusion.time_epsilon, 1.0), in_force, best]))
     batches = _batches(engine, config, stream, num_rows)
     with tqdm(total=len(intervals) * draws, unit="draw", disable=not engine.mesh.is_main_rank) as bar:
         probes = [probe(engine, config, batches, num_rows, i, draws, bar.update) for i in intervals]

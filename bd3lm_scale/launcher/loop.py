@@ -18,8 +18,8 @@ from bd3lm_scale.launcher.monitor import Monitor
 from bd3lm_scale.launcher.policy import (
     Action,
     AttemptEnd,
+    History,
     Limits,
-    Memory,
     choose_nodes,
     decide,
     last_logged_step,
@@ -87,7 +87,7 @@ class Launcher:
         self.ranks = ranks
         self.lock = lock
         self.runtime = plan.run_dir / "runtime"
-        self.memory = Memory(plan.run_dir)
+        self.memory = History(plan.run_dir)
         self.stop_asked = ""
         self.is_under_way = False
         self.known_nodes: list[str] = []
@@ -120,7 +120,7 @@ class Launcher:
             self.lock.release()
 
     def _supervise(self) -> int:
-        self.memory = Memory(self.plan.run_dir)  # as its last owner left it
+        self.memory = History(self.plan.run_dir)  # as its last owner left it
         # requeues and the elements of an array are one start to the user, who asked once to begin at a place
         is_continued = bool(number_from_environment("SLURM_RESTART_COUNT")) or "SLURM_ARRAY_JOB_ID" in os.environ
         self.is_under_way = is_continued and self.memory.under_way == job_name()

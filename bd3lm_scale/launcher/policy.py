@@ -81,7 +81,7 @@ def decide(end: AttemptEnd, stop_asked: bool, can_requeue: bool) -> Action:
     return Action.RESTART
 
 
-class Memory:
+class History:
     """Failures and requeues since the last new checkpoint, in runtime/failures.json so that requeues remember them.
 
     Attributes:

@@ -37,10 +37,9 @@ def agreement_of(mesh: Mesh) -> Agreement:
 def train_steps(session: Session, count: int) -> list[dict]:
     reports = []
     for _ in range(count):
-        _, rows = session.agree(False)
-        report, _ = train_step(session.engine, session.config, session.step, rows, session.interval, session.policy)
+        outcome = train_step(session.engine, session.config, session.step, session.read().noised, session.policy)
         session.advance()
-        reports.append(dataclasses.asdict(report))
+        reports.append(dataclasses.asdict(outcome.report))
     return reports
 
 
