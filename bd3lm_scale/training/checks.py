@@ -12,7 +12,7 @@ log = get_logger(__name__)
 
 
 def refuse_differences(reader: CheckpointReader, config: RunConfig, stream: RowStream, fresh: bool) -> None:
-    """ConfigError where `fresh` forbids any checkpoint, or this one was trained with other settings or tokenizer."""
+    """ConfigError where `fresh` forbids any checkpoint, or this one was trained with other settings or data."""
     if fresh:
         raise ConfigError(
             [f"run_dir ({config.run_dir}): holds {reader.path.name}; use another run_dir, or drop --fresh"]
@@ -23,12 +23,10 @@ def refuse_differences(reader: CheckpointReader, config: RunConfig, stream: RowS
             f"data.path ({config.data.path}): its tokenizer is not the one {reader.path.name} was trained with; "
             "use the same shards, or another run_dir"
         )
-    saved = reader.meta.get("data_hash")  # older versions kept none, and text tokenized on the fly has none
-    if saved and stream.data_hash and saved != stream.data_hash:
-        field = "data.mixture" if config.data.mixture else f"data.path ({config.data.path})"
+    elif reader.meta.get("data_hash", stream.data_hash) != stream.data_hash:
         found.append(
-            f"{field}: other shards than {reader.path.name} was trained with; "
-            "use the same shards (a copy of them anywhere will do), or another run_dir"
+            f"data.path ({config.data.path}): its shards are not those {reader.path.name} was trained with; "
+            "use the same shards (a copy of them elsewhere will do), or another run_dir"
         )
     if found:
         raise ConfigError(found, source=f"resuming {reader.path}")

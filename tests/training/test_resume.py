@@ -219,7 +219,7 @@ class TestRefusals:
         run_dir = copy_of(straight, tmp_path / "run", until=10)
         for data in (other, swapped):
             job = trainer.train(run_dir, f"data.path={data}", world=2, expect=ExitCode.CONFIG)
-            assert job.output.count("other shards than step_00000010 was trained with") == 1
+            assert job.output.count("its shards are not those step_00000010 was trained with") == 1
             assert not rows_of(run_dir)
         moved = shutil.copytree(tiny_data, tmp_path / "moved")
         trainer.train(run_dir, f"data.path={moved}")
