@@ -4,7 +4,6 @@ Real processes throughout. fp32 losses of different layouts agree to 1e-5 (order
 number is the same bit by bit.
 """
 
-import json
 import re
 import shutil
 import signal
@@ -209,18 +208,12 @@ class TestRefusals:
         assert not rows_of(run_dir)
 
     def test_other_shards_are_refused_and_a_copy_elsewhere_is_not(self, trainer, tiny_data, straight, tmp_path):
-        """The same tokenizer, the same number of tokens, other text; or only the order of two shards."""
+        """The same tokenizer, other text."""
         other = prepare_tiny_data(tmp_path / "other", seed=1, tokenizer=tiny_data / "tokenizer")
-        swapped = shutil.copytree(tiny_data, tmp_path / "swapped")
-        path = swapped / "train" / "manifest.json"
-        content = json.loads(path.read_text())
-        content["shards"][:2] = content["shards"][1::-1]
-        path.write_text(json.dumps(content))
         run_dir = copy_of(straight, tmp_path / "run", until=10)
-        for data in (other, swapped):
-            job = trainer.train(run_dir, f"data.path={data}", world=2, expect=ExitCode.CONFIG)
-            assert job.output.count("its shards are not those step_00000010 was trained with") == 1
-            assert not rows_of(run_dir)
+        job = trainer.train(run_dir, f"data.path={other}", world=2, expect=ExitCode.CONFIG)
+        assert job.output.count("its shards are not those step_00000010 was trained with") == 1
+        assert not rows_of(run_dir)
         moved = shutil.copytree(tiny_data, tmp_path / "moved")
         trainer.train(run_dir, f"data.path={moved}")
         assert stream_of(run_dir) == stream_of(straight)[10:]
