@@ -3,6 +3,7 @@
 Only config.json and safetensors files are read; code that lies in the folder is never run.
 """
 
+import inspect
 import json
 import re
 import reprlib
@@ -92,11 +93,11 @@ def read_config(source: Path) -> dict[str, Any]:
 
 def hf_config_of(source: Path, fields: dict[str, Any]) -> BD3LMConfig:
     """The configuration object of these fields; those that BD3-LM does not know, and auto_map, are left out."""
-    known = {name: value for name, value in fields.items() if name in (*FIELD_KINDS, *OTHER_FIELDS)}
+    known = {name: value for name, value in fields.items() if name in KNOWN_FIELDS}
     try:
         return BD3LMConfig(**known)
-    except ValueError as error:
-        raise ValueError(f"{source / 'config.json'}: {error}") from error
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ValueError(f"{source / 'config.json'}: {type(error).__name__} {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -139,7 +140,8 @@ FIELD_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "training": (lambda value: value is None or isinstance(value, dict), "an object"),
 }
 """What config.json may hold, as far as anything is built from it."""
-OTHER_FIELDS = ("dtype", "torch_dtype")
+KNOWN_FIELDS = {*inspect.signature(BD3LMConfig.__init__).parameters, *FIELD_KINDS, "dtype", "torch_dtype"}
+KNOWN_FIELDS -= {"self", "kwargs"}
 
 
 def tensor_files(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
