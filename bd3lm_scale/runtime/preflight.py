@@ -22,7 +22,7 @@ import torch.distributed as dist
 from bd3lm_scale.errors import PreflightError
 from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.runtime.log import get_logger
-from bd3lm_scale.runtime.run_folder import current_attempt, node_name, runtime_folder, write_json
+from bd3lm_scale.runtime.run_folder import current_attempt, node_name, runtime_folder, try_write_json
 
 log = get_logger(__name__)
 
@@ -71,6 +71,7 @@ def run_preflight(
     device: torch.device,
     agreement: Agreement,
     min_disk_gib: float = 1.0,
+    attempt: str | None = None,
 ) -> list[NodeReport]:
     """Measure, gather, log the table (rank 0), and raise PreflightError naming the bad nodes.
 
@@ -80,6 +81,7 @@ def run_preflight(
         device: this rank's device.
         agreement: over all ranks.
         min_disk_gib: free space the run folder must have.
+        attempt: this attempt's name; by default what the launcher says.
     """
     entry = measure(Path(run_dir), config, device, agreement)
     # JSON, since object collectives would unpickle
@@ -92,13 +94,13 @@ def run_preflight(
         for problem in problems:
             (log.error if problem.is_fatal else log.warning)("preflight: node %s: %s", problem.node, problem.text)
         record = {
-            "attempt": current_attempt(),
+            "attempt": attempt or current_attempt(),
             "bad_nodes": sorted({problem.node for problem in fatal}),
             "problems": [asdict(problem) for problem in problems],
             "all_reduce_gb_per_second": bandwidth,
             "ranks": [asdict(entry) for entry in entries],
         }
-        write_json(runtime_folder(run_dir) / "preflight.json", record)
+        try_write_json(runtime_folder(run_dir) / "preflight.json", record)
     if fatal:
         raise PreflightError("; ".join(f"node {problem.node}: {problem.text}" for problem in fatal))
     return entries

@@ -222,6 +222,17 @@ class TestRefusals:
         assert job.output.count("its tokenizer is not the one") == 1
         assert not rows_of(run_dir)
 
+    def test_other_shards_are_refused_and_a_copy_elsewhere_is_not(self, trainer, tiny_data, straight, tmp_path):
+        """The same tokenizer, other text."""
+        other = prepare_tiny_data(tmp_path / "other", seed=1, tokenizer=tiny_data / "tokenizer")
+        run_dir = copy_of(straight, tmp_path / "run", until=10)
+        job = trainer.train(run_dir, f"data.path={other}", world=2, expect=ExitCode.CONFIG)
+        assert job.output.count("its shards are not those step_00000010 was trained with") == 1
+        assert not rows_of(run_dir)
+        moved = shutil.copytree(tiny_data, tmp_path / "moved")
+        trainer.train(run_dir, f"data.path={moved}")
+        assert stream_of(run_dir) == stream_of(straight)[10:]
+
     def test_one_rank_without_data_ends_all_with_its_reason(self, trainer, tmp_path):
         nowhere = tmp_path / "nowhere"
         job = trainer.start(tmp_path / "run", world=2, last_rank=(f"data.path={nowhere}",)).wait()

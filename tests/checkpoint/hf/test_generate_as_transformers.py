@@ -55,6 +55,12 @@ def test_the_extremes_of_a_draw_are_tokens_with_weight(uniform):
     assert draws.categorical(weight).tolist() == [4 if uniform > 0.9 else 2, 1]
 
 
+def test_uniform_numbers_have_53_bits():
+    """Of numbers with 24 bits one in 2^24 is 0, where a token of any weight would be first."""
+    numbers = Draws(Settings(seed=4), "cpu").uniform((1000,), "cpu")
+    assert ((numbers * 2.0**24) % 1 != 0).sum() > 990
+
+
 def test_draws_follow_their_weights():
     weight = torch.tensor([0.1, 0.0, 0.55, 0.05, 0.3], dtype=torch.float64)
     found = torch.bincount(Draws(Settings(seed=2), "cpu").categorical(weight.expand(20_000, -1)), minlength=5)
