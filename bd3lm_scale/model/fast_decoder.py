@@ -168,7 +168,7 @@ class FastDecoder:
     @property
     def vocab_size(self) -> int:
         """V, ids of the logits."""
-        return self.weights.vocab_size
+        return self.weights.arch.vocab_size
 
     @property
     def length(self) -> int:
