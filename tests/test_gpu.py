@@ -19,6 +19,7 @@ from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.diffusion.visibility import training_visibility
 from bd3lm_scale.engine import build_engine
 from bd3lm_scale.model.attention import AttentionPattern
+from bd3lm_scale.model.head import linear_fp32
 from bd3lm_scale.model.inference import CachedDecoder
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
@@ -66,6 +67,23 @@ def test_flex_equals_dense_forward_and_backward(on, dtype, tolerance, length, bl
     for ours, oracle in zip(flex, dense, strict=True):
         assert ours.isfinite().all()
         torch.testing.assert_close(ours, oracle, rtol=tolerance, atol=tolerance)
+
+
+def test_bf16_head_gives_fp32_logits(on):
+    """The kernel with bf16 operands and an fp32 result rounds nothing to bf16."""
+    logits, exact = on("cuda", head_logits)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def head_logits(device: str) -> list[torch.Tensor]:
+    """Logits of random bf16 operands, and float64's."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, device=device, generator=generator).bfloat16() for shape in ((64, 128), (500, 128), (500,))
+    )
+    exact = x.double() @ weight.double().t() + bias.double()
+    return [linear_fp32(x, weight, bias).cpu(), exact.cpu()]
 
 
 def attend(backend: str, length: int, block_size: int, queries: int, dtype: torch.dtype, device: str) -> list:

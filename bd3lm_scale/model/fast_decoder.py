@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bd3lm_scale.model.denoiser import Denoiser
 from bd3lm_scale.model.embedding import rotary_angles
+from bd3lm_scale.model.head import linear_fp32
 
 _EPS = 1e-5
 _PREFILL = 1024
@@ -86,7 +87,8 @@ class FastWeights:
             shift, scale = model.head.modulation(conditioning).float()[0].chunk(2)
         self.head_norm = _norm(model.head.norm.weight, shift, scale)
         tied = model.tied_weight()
-        self.output = cast(Tensor, model.head.output.weight if tied is None else tied).detach()
+        output = cast(Tensor, model.head.output.weight if tied is None else tied).detach()
+        self.output = output if output.is_cuda else output.float()  # widened once, not in every call
         bias = cast(Tensor, model.head.output.bias).detach()
         self.output_bias = bias.masked_fill(cast(Tensor, model.head.is_excluded), float("-inf"))
 
@@ -208,8 +210,9 @@ class FastDecoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weights = self.weights
-        logits = F.linear(weights.head_norm(hidden, weights.dtype), weights.output, weights.output_bias)
-        return logits[..., : weights.vocab_size].float()
+        normed = weights.head_norm(hidden, weights.dtype)
+        logits = linear_fp32(normed.flatten(0, -2), weights.output, weights.output_bias)
+        return logits.unflatten(0, normed.shape[:-1])[..., : weights.vocab_size]
 
     def _visible(self, new: int) -> tuple[int, Tensor | None]:
         """First cached token that any new one sees, and a mask over the rest where they differ."""

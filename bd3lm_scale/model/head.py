@@ -8,11 +8,45 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from bd3lm_scale.model.layer import WeightOnlyLayerNorm, modulate
 from bd3lm_scale.model.transformer_config import DenoiserConfig
+
+
+def linear_fp32(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
+    """x W^T + b in fp32 (R, V) from operands of any dtype: bf16 products are summed in fp32 and never rounded."""
+    if weight_VD.is_cuda and weight_VD.dtype != torch.float32:
+        return torch.mm(x_RD, weight_VD.t(), out_dtype=torch.float32).add_(bias_V)
+    return F.linear(x_RD.float(), weight_VD.float(), bias_V.float())
+
+
+class _Fp32Projection(torch.autograd.Function):
+    """hidden W^T + b in fp32 for weights of any dtype; the gradient meets the weights in their dtype, as elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, group: dist.ProcessGroup | None) -> Any:
+        ctx.save_for_backward(hidden_RD, weight_VD)
+        ctx.group, ctx.bias_dtype = group, bias_V.dtype
+        return linear_fp32(hidden_RD, weight_VD, bias_V)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        hidden_RD, weight_VD = ctx.saved_tensors
+        grad_RV = grads[0].to(weight_VD.dtype)
+        grad_hidden_RD = grad_RV @ weight_VD
+        if ctx.group is not None:
+            dist.all_reduce(grad_hidden_RD, group=ctx.group)
+        return grad_hidden_RD, grad_RV.t() @ hidden_RD, grads[0].sum(0).to(ctx.bias_dtype), None
+
+
+class _Projection(tensor_parallel.ColumnParallelLinear):
+    """Megatron's layer with fp32 logits; its own would be rounded to bf16, each by up to 2^-9 of itself."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor, tp_group: Any, **_: Any) -> Tensor:
+        return _Fp32Projection.apply(input, weight, bias, tp_group if tp_group.size() > 1 else None)
 
 
 class _TargetAndNormalizer(torch.autograd.Function):
@@ -60,7 +94,7 @@ class Head(nn.Module):
         self.norm.weight.sequence_parallel = False  # pyright: ignore[reportAttributeAccessIssue]
         if config.uses_adaln:
             self.modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size, dtype=config.params_dtype)
-        self.output = tensor_parallel.ColumnParallelLinear(
+        self.output = _Projection(
             config.hidden_size,
             config.padded_vocab_size,
             config=dataclasses.replace(config, sequence_parallel=False),
@@ -84,7 +118,7 @@ class Head(nn.Module):
             shift, scale = self.modulation(conditioning_RC).float().chunk(2, dim=-1)
             normed = modulate(normed, shift, scale)
         logits, _ = self.output(normed.to(self.config.params_dtype), weight=tied_weight)
-        return logits.float().masked_fill(self.is_excluded, float("-inf"))
+        return logits.masked_fill_(self.is_excluded, float("-inf"))
 
     def forward(
         self, hidden_RD: Tensor, conditioning_RC: Tensor | None, target_R: Tensor, tied_weight: Tensor | None
