@@ -17,6 +17,12 @@ _LAZY_GLOO = "TORCH_GLOO_LAZY_INIT"
 _OWN_DESCRIPTORS = 256  # libraries, log, shards, checkpoint files being written
 
 
+_made: dict[tuple[int, ...], Any] = {}
+_made_under: Any = None
+"""Groups by their ranks, and the world they belong to. A group made by its members is named after its ranks, so another
+one of the same ranks would read the first one's addresses in the store: within a world each is made once and kept."""
+
+
 @contextmanager
 def few_groups() -> Iterator[None]:
     """While Megatron initializes: each set of ranks gets one group, made by its members alone.
@@ -25,16 +31,20 @@ def few_groups() -> Iterator[None]:
     """
     from megatron.core import parallel_state
 
-    original, known = parallel_state.create_group, {}
+    original = parallel_state.create_group
 
     def create_group(ranks: Any = None, timeout: Any = None, **options: Any) -> Any:
         members = tuple(range(dist.get_world_size())) if ranks is None else tuple(ranks)
         if dist.get_rank() not in members:
             return dist.GroupMember.NON_GROUP_MEMBER
-        if members not in known:
-            known[members] = original(list(members), timeout, **{**options, "use_local_synchronization": True})
-        return known[members]
+        if members not in _made:
+            _made[members] = original(list(members), timeout, **{**options, "use_local_synchronization": True})
+        return _made[members]
 
+    global _made_under
+    if _made_under is not dist.group.WORLD:
+        _made.clear()
+        _made_under = dist.group.WORLD
     parallel_state.create_group = create_group
     try:
         yield

@@ -35,8 +35,7 @@ def rank(rank, world, port, results):
         assert talk.share(rank) == 0
         dist.all_reduce(torch.ones(3), group=talk.group)
     host = sockets() - before
-    sums = {}
-    from megatron.core import parallel_state
+    parallel_state = megatron.core.parallel_state
     for name, group in (("tensor", parallel_state.get_tensor_model_parallel_group()),
                         ("data", parallel_state.get_data_parallel_group(with_context_parallel=True)),
                         ("pipeline", parallel_state.get_pipeline_model_parallel_group())):
@@ -44,6 +43,15 @@ def rank(rank, world, port, results):
         dist.all_reduce(total, group=group)
         assert int(total) == sum(dist.get_process_group_ranks(group)), name
     results.put((rank, groups, host))
+    megatron.core.parallel_state.destroy_model_parallel()  # another layout in the same world, as in one process's tests
+    again = init_mesh(ParallelConfig(), "cpu")
+    total = torch.ones(1)
+    dist.all_reduce(total, group=megatron.core.parallel_state.get_data_parallel_group(with_context_parallel=True))
+    assert int(total) == again.data_size == world
+    megatron.core.parallel_state.destroy_model_parallel()
+    init_mesh(layout, "cpu")
+    dist.all_reduce(total, group=megatron.core.parallel_state.get_tensor_model_parallel_group())
+    assert int(total) == 2 * world
     dist.barrier(group=agreement.group)
     shutdown()
 
