@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import bd3lm_scale.parallel.quiet_megatron  # noqa: F401  before anything that imports Megatron
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.diffusion.loss import score_rows
 from bd3lm_scale.diffusion.noising import Process, make_process

@@ -154,8 +154,9 @@ class StateSlice:
     """A contiguous run of one parameter's state as one rank's optimizer owns it.
 
     The parameter (global_shape) is cut along shard_dim into shard_count tensor-parallel shards; the run is
-    [start, stop) of the flattened shard number shard_index. Its tensors are views of live memory, so a loader
-    fills them in place.
+    [start, stop) of the flattened shard number shard_index. Where it consists of parts that are cut each for itself
+    (a gate and what it multiplies), a shard is its share of each, one after the other. The tensors are views of live
+    memory, so a loader fills them in place.
 
     Attributes:
         name: global parameter name, e.g. "decoder.layers.3.mlp.linear_fc1.weight".
@@ -165,6 +166,7 @@ class StateSlice:
         start, stop: flat range inside the shard.
         is_owner: False where a peer holds the same run and writes it.
         tensors: 1-D float32 tensors of stop - start elements: "master", "exp_avg", "exp_avg_sq", "ema".
+        parts: sizes along shard_dim of the parts that are cut each for itself; empty: it is cut as one.
     """
 
     name: str
@@ -176,3 +178,4 @@ class StateSlice:
     stop: int
     is_owner: bool = True
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    parts: tuple[int, ...] = ()

@@ -1,11 +1,13 @@
 """Boxes: how any cut of a parameter (TP x PP x ZeRO 1/2/3) is described without naming the cut.
 
 A StateSlice is a flat run of a tensor-parallel shard. In the coordinates of the whole parameter such a run is a few
-axis-aligned boxes (for a matrix at most three: the rest of a row, whole rows, the beginning of a row). Checkpoints
+axis-aligned boxes (for a matrix at most three: the rest of a row, whole rows, the beginning of a row; whole rows may
+be one box for each part that is cut for itself). Checkpoints
 store boxes; a reader under another layout intersects its own boxes with the stored ones. In the order of the run
 each box is a contiguous range, so a file is the plain concatenation of the runs.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -45,10 +47,16 @@ def shard_shape(part: StateSlice) -> tuple[int, ...]:
         return tuple(shape)
     if not 0 <= part.shard_dim < len(shape) or not 0 <= part.shard_index < part.shard_count:
         raise ValueError(f"{part.name}: shard {part.shard_index} of {part.shard_count} along {part.shard_dim}")
-    size, rest = divmod(shape[part.shard_dim], part.shard_count)
-    if rest:
-        raise ValueError(f"{part.name}: {tuple(shape)} is not divisible by {part.shard_count} along {part.shard_dim}")
-    shape[part.shard_dim] = size
+    size = shape[part.shard_dim]
+    parts = part.parts or (size,)
+    if sum(parts) != size or (len(parts) > 1 and part.shard_dim != 0):
+        raise ValueError(f"{part.name}: parts {parts} are not the rows of {tuple(shape)}, which alone are cut in parts")
+    if any(rows % part.shard_count for rows in parts):
+        cut = f" in parts of {parts}" if part.parts else ""
+        raise ValueError(
+            f"{part.name}: {tuple(shape)}{cut} is not divisible by {part.shard_count} along {part.shard_dim}"
+        )
+    shape[part.shard_dim] = size // part.shard_count
     return tuple(shape)
 
 
@@ -57,16 +65,31 @@ def boxes_of(part: StateSlice) -> list[Box]:
     shape = shard_shape(part)
     if not 0 <= part.start <= part.stop <= prod(shape):
         raise ValueError(f"{part.name}: run [{part.start}, {part.stop}) outside a shard of {prod(shape)} elements")
-    moved = [0] * len(shape)
-    if part.shard_dim is not None:
-        moved[part.shard_dim] = part.shard_index * shape[part.shard_dim]
     found = []
     start = 0
     for offset, extent in _cut(shape, part.start, part.stop):
-        box = Box(tuple(a + b for a, b in zip(offset, moved, strict=True)), extent, start)
-        found.append(box)
-        start += box.volume
+        for placed, size in _placed(part, offset, extent):
+            found.append(Box(placed, size, start))
+            start += found[-1].volume
     return found
+
+
+def _placed(
+    part: StateSlice, offset: tuple[int, ...], extent: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Where a box of the shard lies in the whole parameter: one box for each of its parts that it meets."""
+    dim = part.shard_dim
+    if dim is None:
+        yield offset, extent
+        return
+    here = first = 0  # where the part begins in the shard, and in the whole
+    for rows in part.parts or (part.global_shape[dim],):
+        share = rows // part.shard_count
+        low, high = max(offset[dim], here), min(offset[dim] + extent[dim], here + share)
+        if low < high:
+            place = first + part.shard_index * share + low - here
+            yield (*offset[:dim], place, *offset[dim + 1 :]), (*extent[:dim], high - low, *extent[dim + 1 :])
+        here, first = here + share, first + rows
 
 
 def _cut(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

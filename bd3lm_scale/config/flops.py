@@ -5,8 +5,8 @@ allows; a multiply-add counts as two. Block diffusion's clean half is scored by 
 needed as keys and values only.
 """
 
-from bd3lm_scale.config.checks import padded_vocab_size
 from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.model.parameters import Architecture, padded_vocab_size, parameters
 
 
 def attention_pairs(config: RunConfig) -> int:
@@ -20,20 +20,23 @@ def attention_pairs(config: RunConfig) -> int:
 
 def forward_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
     """Floating-point operations of one row's forward pass, by part (a multiply-add counts as two)."""
-    model, length = config.model, config.data.context_length
-    width = model.hidden_size
-    products = (4 + 2 * model.mlp_ratio) * width * width  # weights each position meets in a layer
+    arch, length = Architecture.of(config, vocab_size), config.data.context_length
+    matrices = [parameter for parameter in parameters(arch) if len(parameter.shape) == 2]
+    # weights each position meets in all layers, and those a last layer's keys and values need
+    products = sum(p.size for p in matrices if p.layer is not None and not p.is_modulation)
+    keys_and_values = 2 * arch.kv_heads * arch.head_width * arch.hidden_size
+    queries = arch.num_heads * arch.head_width
     pairs = attention_pairs(config)
     two_halves = config.diffusion.objective == "bd3lm"
-    spared_products = length * (products - 2 * width * width) if two_halves else 0
+    spared_products = length * (products // arch.num_layers - keys_and_values) if two_halves else 0
     spared_pairs = pairs // 2 if two_halves else 0
     mean_mask_rate = (max(config.diffusion.clip_low, config.diffusion.time_epsilon) + config.diffusion.clip_high) / 2
     scored = length - 1 if config.diffusion.objective == "ar" else mean_mask_rate * length
     return {
-        "linear layers": 2.0 * (model.num_layers * config.sequence_length * products - spared_products),
-        "attention": 4.0 * (model.num_layers * pairs - spared_pairs) * width,
-        "conditioning": 2.0 * model.cond_dim * width * (6 * model.num_layers + 2) if config.uses_adaln else 0.0,
-        "head": 2.0 * scored * width * padded_vocab_size(vocab_size),
+        "linear layers": 2.0 * (config.sequence_length * products - spared_products),
+        "attention": 4.0 * (arch.num_layers * pairs - spared_pairs) * queries,
+        "conditioning": 2.0 * sum(p.size for p in matrices if p.is_modulation),
+        "head": 2.0 * scored * arch.hidden_size * padded_vocab_size(vocab_size),
     }
 
 

@@ -1,125 +1,174 @@
 """RunConfig: everything a run is, in one typed, frozen tree.
 
-Defaults < YAML file < `a.b=c` on the command line. No interpolation, no code in YAML. A room receives its own
+Defaults < YAML file < `a.b=c` on the command line. No interpolation, no code in YAML. A part receives its own
 section, never the whole tree.
+
+A field's type says what it may hold on its own: pydantic checks it whenever a section is made, and config/fields.py
+reads it for the messages. What fields demand of each other stands in config/checks.py.
 """
 
-import warnings
-from dataclasses import dataclass, field
+import math
+import re
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-# Megatron says these when it is imported, about libraries that are off here on purpose. Every entry point imports the
-# configuration before it, so this is the place to filter them.
-warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|full scope is deprecated).*")
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+MISSING = "???"
+"""Stands for a value that has to be given."""
+
+MOST = 1_000_000_000
+"""Upper end of whole numbers without a smaller one: keeps products of three of them inside a float's exact range."""
 
 
-@dataclass(frozen=True)
+def _integral(value: Any) -> Any:
+    """1e6 is a float in YAML and a fine number of steps."""
+    is_integral = isinstance(value, float) and math.isfinite(value) and value == int(value)
+    return int(value) if is_integral else value
+
+
+def _usable_text(text: str) -> str:
+    """Paths and names: given, without interpolation, and on one line."""
+    if text == MISSING:
+        raise PydanticCustomError("missing_value", "is required")
+    if "${" in text:
+        raise PydanticCustomError("interpolation", "interpolation is not supported")
+    if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
+        raise PydanticCustomError("control_characters", "must be one line without control characters")
+    return text
+
+
+# Strict: nothing is converted silently, except whole floats to whole numbers and whole numbers to floats.
+Whole = Annotated[int, BeforeValidator(_integral), Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(strict=True, min_length=1), AfterValidator(_usable_text)]
+
+NonNegativeWhole = Annotated[Whole, Field(ge=0, le=MOST)]
+PositiveWhole = Annotated[Whole, Field(ge=1, le=MOST)]
+Width = Annotated[Whole, Field(ge=1, le=1_000_000)]
+Ranks = Annotated[Whole, Field(ge=1, le=100_000)]
+Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+Factor = Annotated[Number, Field(gt=1)]
+Decay = Annotated[Number, Field(ge=0, lt=1)]
+Share = Annotated[Number, Field(gt=0, le=1)]
+Time = Annotated[Number, Field(ge=0, le=1)]
+Amount = Annotated[Number, Field(gt=0, le=MOST)]
+Weights = Literal["ema", "raw"]
+
+_SECTION = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_SECTION)
 class MixtureSource:
     """One dataset of a mixture."""
 
-    path: str = "???"
-    weight: float = 1.0
+    path: Text = MISSING
+    weight: Positive = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class DataConfig:
     """Which tokens are read, and how."""
 
-    path: str | None = None
+    path: Text | None = None
     """Folder written by tools/prepare_data.py (train/, validation/, tokenizer/); local or a URL."""
     mixture: tuple[MixtureSource, ...] = ()
     """Several such folders with weights, in place of `path`."""
-    context_length: int = 1024
+    context_length: PositiveWhole = 1024
     """L, tokens per row."""
-    shuffle_window: int = 16
+    shuffle_window: PositiveWhole = 16
     """Shards whose rows are permuted together."""
-    workers: int = 2
+    workers: Annotated[Whole, Field(ge=0, le=4096)] = 2
     """Background reader processes per rank; 0 reads in the training process."""
-    prefetch_steps: int = 2
+    prefetch_steps: PositiveWhole = 2
     """Global batches read ahead."""
-    cache_dir: str | None = None
+    cache_dir: Text | None = None
     """Where remote shards are cached, shared by the ranks of a node; default: a folder in the system's cache."""
-    cache_size_gb: float = 100.0
-    on_bad_shard: str = "stop"
-    """stop | skip: what to do with a shard that stays unreadable after all retries."""
-    retries: int = 5
-    timeout_seconds: float = 60.0
-    wrap_rows: bool = False
+    cache_size_gb: Amount = 100.0
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    """What to do with a shard that stays unreadable after all retries."""
+    retries: NonNegativeWhole = 5
+    timeout_seconds: Amount = 60.0
+    wrap_rows: Flag = False
     """Put BOS before and EOS after each row (L - 2 tokens of text), as the paper's zero-shot evaluations do."""
-    stream_text: bool = False
+    stream_text: Flag = False
     """Tokenize third-party text shards on the fly (quick trials; not exactly resumable)."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """Tokenizer folder or file for stream_text; otherwise the one beside the shards is used."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class ClipSearchConfig:
     """The data-driven clipped schedule (paper, Section 5.2)."""
 
-    enabled: bool = True
+    enabled: Flag = True
     """Measure the variance of every candidate interval at validation."""
-    apply: bool = True
+    apply: Flag = True
     """Train on the best interval found; false only logs the table (diffusion.clip_low/high stay in force)."""
-    widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
-    step: float = 0.05
-    every_validations: int = 1
+    widths: tuple[Share, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    step: Share = 0.05
+    every_validations: PositiveWhole = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class DiffusionConfig:
     """The objective."""
 
-    objective: str = "bd3lm"
-    """bd3lm | mdlm | ar | sedd."""
-    block_size: int = 16
+    objective: Literal["bd3lm", "mdlm", "ar", "sedd"] = "bd3lm"
+    block_size: PositiveWhole = 16
     """L', tokens per block; bd3lm only (mdlm and sedd use the whole row, ar is causal)."""
-    schedule: str = "loglinear"
-    """loglinear | cosine | square | square_root | log."""
-    clip_low: float = 0.0
+    schedule: Literal["loglinear", "cosine", "square", "square_root", "log"] = "loglinear"
+    clip_low: Time = 0.0
     """beta: training times are drawn from U[max(clip_low, time_epsilon), clip_high]."""
-    clip_high: float = 1.0
+    clip_high: Share = 1.0
     """omega; clip_low = clip_high = 1 trains L'=1 as an exact likelihood."""
-    time_epsilon: float = 1e-3
+    time_epsilon: Annotated[Number, Field(gt=0, le=0.5)] = 1e-3
     """Smallest time, also in evaluation."""
-    time_conditioning: bool | None = None
+    time_conditioning: Flag | None = None
     """Feed the noise level to adaLN; default: true for sedd, false otherwise."""
-    ignore_bos: bool = True
+    ignore_bos: Flag = True
     """Keep each row's first token clean and leave it out of evaluation (always false for ar)."""
-    resample: bool = False
+    resample: Flag = False
     """Redraw blocks whose masked share leaves the clip interval (the reference's trick; docs/method.md)."""
-    mdlm_loss_scale: bool = False
+    mdlm_loss_scale: Flag = False
     """Use the sigma parameterization of the loss weight (SEDD and MDLM baselines of Sahoo et al.)."""
     clip_search: ClipSearchConfig = field(default_factory=ClipSearchConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class ModelConfig:
     """The paper's DiT."""
 
-    num_layers: int = 12
-    hidden_size: int = 768
-    num_heads: int = 12
-    cond_dim: int = 128
-    mlp_ratio: int = 4
-    dropout: float = 0.1
-    tie_embeddings: bool = False
-    vocab_size: int | None = None
+    num_layers: Annotated[Whole, Field(ge=1, le=10_000)] = 12
+    hidden_size: Width = 768
+    num_heads: Width = 12
+    cond_dim: Width = 128
+    mlp_ratio: Annotated[Whole, Field(ge=1, le=1_000)] = 4
+    dropout: Decay = 0.1
+    tie_embeddings: Flag = False
+    vocab_size: Annotated[Whole, Field(ge=2, le=MOST)] | None = None
     """Ids including the mask; default: what the tokenizer beside the shards has."""
-    attention: str = "auto"
-    """auto | flex | chunked | dense: auto is flex on CUDA, chunked on CPU."""
+    attention: Literal["auto", "flex", "chunked", "dense"] = "auto"
+    """auto is flex on CUDA, chunked on CPU."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class ParallelConfig:
     """How the model is cut over ranks; the data-parallel size is what the world leaves."""
 
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    virtual_pipeline_parallel_size: int | None = None
+    tensor_parallel_size: Ranks = 1
+    pipeline_parallel_size: Ranks = 1
+    virtual_pipeline_parallel_size: Ranks | None = None
     """Model chunks per pipeline stage (interleaved schedule); 1 is the same as null."""
-    sequence_parallel: bool = False
-    recompute: str = "none"
-    """none | selective | full activation recomputation."""
-    experimental: bool = False
+    sequence_parallel: Flag = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation."""
+    experimental: Flag = False
     """Allow combinations that work but are not proven in every detail (ZeRO-2 with pipeline stages)."""
 
     @property
@@ -129,158 +178,154 @@ class ParallelConfig:
         return None if chunks == 1 else chunks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class OptimConfig:
     """AdamW under DeepSpeed ZeRO."""
 
-    zero_stage: int = 1
-    lr: float = 3e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    warmup_steps: int = 2500
-    schedule: str = "constant"
-    """constant | cosine, after the warm-up."""
-    min_lr: float = 0.0
+    zero_stage: Whole = 1
+    lr: Positive = 3e-4
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    grad_clip: Positive = 1.0
+    warmup_steps: NonNegativeWhole = 2500
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up."""
+    min_lr: NonNegative = 0.0
     """Where the cosine ends."""
-    ema_decay: float = 0.9999
-    reduce_dtype: str = "fp32"
-    """fp32 | bf16: how gradients are summed over data-parallel ranks; bf16 halves the traffic and rounds every sum."""
+    ema_decay: Decay = 0.9999
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How gradients are summed over data-parallel ranks; bf16 halves the traffic and rounds every sum."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class TrainConfig:
     """The training loop."""
 
-    steps: int = 1_000_000
-    global_batch_size: int = 512
+    steps: PositiveWhole = 1_000_000
+    global_batch_size: PositiveWhole = 512
     """Rows per optimizer step, over all ranks."""
-    micro_batch_size: int = 8
+    micro_batch_size: PositiveWhole = 8
     """Rows per rank and micro-step."""
-    init_from: str | None = None
+    init_from: Text | None = None
     """Checkpoint (native) whose weights start a new run."""
-    init_weights: str = "ema"
-    """ema | raw: which weights of init_from."""
-    exact_resume: bool = True
+    init_weights: Weights = "ema"
+    """Which weights of init_from."""
+    exact_resume: Flag = True
     """Refuse settings under which a resumed run could differ from an uninterrupted one."""
-    deterministic: bool = False
+    deterministic: Flag = False
     """Deterministic GPU kernels (slower)."""
-    compile: bool = False
+    compile: Flag = False
     """torch.compile the layers (GPU)."""
-    threads: int = 1
+    threads: Annotated[Whole, Field(ge=0, le=4096)] = 1
     """CPU threads per rank when training on the CPU; 0 leaves torch's default."""
-    time_limit_minutes: float | None = None
+    time_limit_minutes: Amount | None = None
     """Save and stop after this long."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class EvaluationConfig:
     """Validation during training and the evaluate command."""
 
-    every_steps: int = 2500
-    rows: int | None = 1024
+    every_steps: PositiveWhole = 2500
+    rows: PositiveWhole | None = 1024
     """Validation rows per evaluation during training; null uses all."""
-    micro_batch_size: int | None = None
+    micro_batch_size: PositiveWhole | None = None
     """Default: train.micro_batch_size."""
-    draws: int = 1
+    draws: PositiveWhole = 1
     """Noise draws per row."""
-    weights: str = "ema"
-    """ema | raw."""
+    weights: Weights = "ema"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class SamplingConfig:
     """The sample command."""
 
-    sampler: str = "auto"
-    """auto | first_hitting | ancestral | confidence | entropy | ar | analytic; auto fits the objective."""
-    length: int = 256
-    num_samples: int = 1
-    batch_size: int = 8
-    steps: int = 5000
+    sampler: Literal["auto", "first_hitting", "ancestral", "confidence", "entropy", "ar", "analytic"] = "auto"
+    """auto fits the objective."""
+    length: PositiveWhole = 256
+    num_samples: PositiveWhole = 1
+    batch_size: PositiveWhole = 8
+    steps: PositiveWhole = 5000
     """T, denoising steps per block (ancestral) or per sequence (mdlm, sedd)."""
-    nucleus_p: float = 0.9
-    top_k: int | None = None
-    temperature: float = 1.0
+    nucleus_p: Share = 0.9
+    top_k: PositiveWhole | None = None
+    temperature: NonNegative = 1.0
     """0 is greedy."""
-    threshold: float = 0.9
+    threshold: NonNegative = 0.9
     """confidence / entropy samplers: tokens above (below) it are accepted together."""
-    kv_cache: bool = True
-    cache_dtype: str = "auto"
-    """auto | fp32 | bf16."""
-    window: int | None = None
+    kv_cache: Flag = True
+    cache_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    window: PositiveWhole | None = None
     """Tokens of context attended to; default: data.context_length."""
-    recompute_window: bool = False
+    recompute_window: Flag = False
     """Recompute the sliding window from its tokens instead of keeping cached states."""
-    stop_at_eos: bool = False
-    min_entropy: float | None = None
+    stop_at_eos: Flag = False
+    min_entropy: NonNegative | None = None
     """Stop when the unigram entropy (nats) of the last 256 tokens falls below it."""
-    max_redraws: int = 0
+    max_redraws: NonNegativeWhole = 0
     """Draw a sample that was stopped for low entropy again, at most this often (the paper's fixed lengths: 10)."""
-    seed: int = 1
-    weights: str = "ema"
+    seed: Seed = 1
+    weights: Weights = "ema"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class CheckpointConfig:
     """What is saved, when, and what is kept."""
 
-    every_steps: int = 1000
-    keep_last: int = 3
-    keep_every: int | None = None
+    every_steps: PositiveWhole = 1000
+    keep_last: PositiveWhole = 3
+    keep_every: PositiveWhole | None = None
     """Keep also every checkpoint whose step is a multiple of this."""
-    asynchronous: bool = True
+    asynchronous: Flag = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class RuntimeConfig:
     """Watching over the run."""
 
-    device: str = "auto"
-    """auto | cpu | cuda."""
-    on_nan: str = "skip"
-    """skip | rollback | stop: what to do with a non-finite loss or gradient."""
-    max_skips: int = 10
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    on_nan: Literal["skip", "rollback", "stop"] = "skip"
+    """What to do with a non-finite loss or gradient."""
+    max_skips: PositiveWhole = 10
     """Skipped updates in a row before the run stops."""
-    max_rollbacks: int = 3
+    max_rollbacks: NonNegativeWhole = 3
     """Rollbacks without a good step beyond the bad one before the run stops."""
-    spike_factor: float | None = None
+    spike_factor: Factor | None = None
     """Treat a loss above this multiple of its running median as on_nan; null: off."""
-    dump_bad_batches: bool = False
+    dump_bad_batches: Flag = False
     """Keep the rows of every bad step in run_dir/bad_batches."""
-    collective_timeout_seconds: float = 1800.0
-    hang_factor: float = 20.0
+    collective_timeout_seconds: Amount = 1800.0
+    hang_factor: Factor = 20.0
     """A step longer than this multiple of the median step is a hang ..."""
-    hang_min_seconds: float = 300.0
+    hang_min_seconds: Amount = 300.0
     """... but never before this many seconds."""
-    heartbeat_seconds: float = 5.0
-    silent_seconds: float = 120.0
+    heartbeat_seconds: Amount = 5.0
+    silent_seconds: Amount = 120.0
     """A rank whose heartbeat stands still this long while others' go on is taken for dead by the launcher."""
-    straggler_factor: float = 1.5
+    straggler_factor: Factor = 1.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class LoggingConfig:
     """Where figures go; metrics.jsonl in the run folder is always written and is the truth."""
 
-    every_steps: int = 1
-    progress: bool = True
-    wandb: str = "disabled"
-    """disabled | offline | online."""
-    wandb_project: str = "bd3lm_scale"
-    wandb_name: str | None = None
+    every_steps: PositiveWhole = 1
+    progress: Flag = True
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: Text = "bd3lm_scale"
+    wandb_name: Text | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_SECTION)
 class RunConfig:
     """One run."""
 
-    run_dir: str = "???"
-    seed: int = 1
-    precision: str = "bf16"
-    """fp32 | bf16 (bf16 weights and matmuls; fp32 masters, residual stream, softmax, norms and loss)."""
+    run_dir: Text = MISSING
+    seed: Seed = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: weights and matmuls; masters, residual stream, softmax, norms and loss stay fp32."""
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

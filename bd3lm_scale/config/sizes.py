@@ -4,34 +4,14 @@ Shapes: V padded vocabulary, D hidden_size, C cond_dim. Everything here is arith
 activation part of the memory is an estimate (attention kernels keep no scores), the rest is exact.
 """
 
-import math
 from dataclasses import dataclass, fields
 
-from bd3lm_scale.config.checks import num_micro_batches, padded_vocab_size
+from bd3lm_scale.config.checks import num_micro_batches
 from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.model.parameters import Architecture, Parameter, padded_vocab_size
+from bd3lm_scale.model.parameters import parameters as parameter_table
 
-FOURIER_FEATURES = 256
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of the whole model.
-
-    Attributes:
-        shape: its global shape.
-        shard_dim: the dimension tensor-parallel ranks cut; None where they hold copies.
-        stage: the pipeline stage that holds it.
-    """
-
-    shape: tuple[int, ...]
-    shard_dim: int | None
-    stage: int
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -63,38 +43,22 @@ def stage_layers(config: RunConfig) -> list[list[int]]:
 
 def parameters(config: RunConfig, vocab_size: int) -> dict[str, Parameter]:
     """Every parameter by its global name, with vocab_size rows in embedding and head (pad it first for memory)."""
-    model, last = config.model, config.parallel.pipeline_parallel_size - 1
-    width, cond, inner = model.hidden_size, model.cond_dim, model.mlp_ratio * model.hidden_size
-    found = {"embedding.weight": Parameter((vocab_size, width), 0, 0)}
-    if config.uses_adaln:
-        for name, size_in in (("linear1", FOURIER_FEATURES), ("linear2", cond)):
-            found[f"time_embedding.{name}.weight"] = Parameter((cond, size_in), None, 0)
-            found[f"time_embedding.{name}.bias"] = Parameter((cond,), None, 0)
-    for stage, layers in enumerate(stage_layers(config)):
-        for layer in layers:
-            shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
-                "input_layernorm.weight": ((width,), None),
-                "pre_mlp_layernorm.weight": ((width,), None),
-                "self_attention.linear_qkv.weight": ((3 * width, width), 0),
-                "self_attention.linear_proj.weight": ((width, width), 1),
-                "mlp.linear_fc1.weight": ((inner, width), 0),
-                "mlp.linear_fc1.bias": ((inner,), 0),
-                "mlp.linear_fc2.weight": ((width, inner), 1),
-                "mlp.linear_fc2.bias": ((width,), None),
-            }
-            if config.uses_adaln:
-                shapes["modulation.weight"] = ((6 * width, cond), None)
-                shapes["modulation.bias"] = ((6 * width,), None)
-            for name, (shape, shard_dim) in shapes.items():
-                found[f"decoder.layers.{layer}.{name}"] = Parameter(shape, shard_dim, stage)
-    found["head.norm.weight"] = Parameter((width,), None, last)
-    if config.uses_adaln:
-        found["head.modulation.weight"] = Parameter((2 * width, cond), None, last)
-        found["head.modulation.bias"] = Parameter((2 * width,), None, last)
-    if not model.tie_embeddings:
-        found["head.output.weight"] = Parameter((vocab_size, width), 0, last)
-    found["head.output.bias"] = Parameter((vocab_size,), 0, last)
-    return found
+    return {parameter.name: parameter for parameter in parameter_table(Architecture.of(config, vocab_size), vocab_size)}
+
+
+def parameters_of_stage(config: RunConfig, vocab_size: int, stage: int) -> list[Parameter]:
+    """The parameters that a pipeline stage holds, of a padded vocabulary; a tied embedding at both ends."""
+    layers, last = set(stage_layers(config)[stage]), config.parallel.pipeline_parallel_size - 1
+
+    def is_here(parameter: Parameter) -> bool:
+        if parameter.layer is not None:
+            return parameter.layer in layers
+        if parameter.is_at_head:
+            return stage == last
+        is_tied = config.model.tie_embeddings and parameter.name == "embedding.weight"
+        return stage == 0 or (is_tied and stage == last)
+
+    return [parameter for parameter in parameter_table(Architecture.of(config, vocab_size)) if is_here(parameter)]
 
 
 def count(config: RunConfig, vocab_size: int, with_embeddings: bool = True) -> int:
@@ -106,12 +70,8 @@ def count(config: RunConfig, vocab_size: int, with_embeddings: bool = True) -> i
 
 def count_on_rank(config: RunConfig, vocab_size: int, stage: int) -> int:
     """Parameters one rank of a pipeline stage computes with (its tensor-parallel shard, ZeRO not counted)."""
-    tensor, last = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size - 1
-    named = parameters(config, padded_vocab_size(vocab_size))
-    total = sum(p.size // (1 if p.shard_dim is None else tensor) for p in named.values() if p.stage == stage)
-    if config.model.tie_embeddings and stage == last > 0:  # the head's copy of the embedding
-        total += named["embedding.weight"].size // tensor
-    return total
+    tensor = config.parallel.tensor_parallel_size
+    return sum(p.size // (1 if p.shard_dim is None else tensor) for p in parameters_of_stage(config, vocab_size, stage))
 
 
 def memory(config: RunConfig, world_size: int, vocab_size: int, stage: int) -> Memory:
@@ -141,11 +101,11 @@ def _activations(config: RunConfig, replicas: int, stage: int, element: int) -> 
     tokens = config.train.micro_batch_size * config.sequence_length
     spread = tensor if parallel.sequence_parallel else 1
     # Cut over tensor-parallel ranks: q, k, v, attention's output, and both sides of the activation function.
-    cut = element * (4 + 2 * model.mlp_ratio) / tensor
+    cut = element * sum(_cut_widths(config)) / tensor
     # Held by every rank unless sequence-parallel: two residual inputs in fp32, two modulated norms, two outputs,
     # and the dropout masks.
-    whole = (2 * 4 + 4 * element + (2 if model.dropout else 0)) / spread
-    per_layer = tokens * model.hidden_size * (cut + whole)
+    whole = model.hidden_size * (2 * 4 + 4 * element + (2 if model.dropout else 0)) / spread
+    per_layer = tokens * (cut + whole)
     kept = tokens * model.hidden_size * 4 / spread if parallel.recompute == "full" else per_layer
     layers = model.num_layers // stages
     total = num_micro_batches(config, replicas)
@@ -155,6 +115,13 @@ def _activations(config: RunConfig, replicas: int, stage: int, element: int) -> 
         warm_up = min((stages - stage - 1) * 2 + (chunks - 1) * stages + 1, total * chunks)
         in_flight = warm_up * layers // chunks
     return kept * in_flight + (per_layer if parallel.recompute == "full" else 0)
+
+
+def _cut_widths(config: RunConfig) -> list[int]:
+    """Widths of what a layer keeps for its backward pass in pieces, from the matrices that are cut: the outputs of
+    those cut by rows, the inputs of the others."""
+    layer = [p for p in parameter_table(Architecture.of(config, 1)) if p.layer == 0 and len(p.shape) == 2]
+    return [p.shape[p.shard_dim] for p in layer if p.shard_dim is not None]
 
 
 def _head(config: RunConfig, vocab_size: int, element: int) -> float:

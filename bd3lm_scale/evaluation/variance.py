@@ -29,6 +29,7 @@ from bd3lm_scale.diffusion.variance import GradientMoments, GradientSpread, Spre
 from bd3lm_scale.engine import Engine, run_pass, sum_over_ranks
 from bd3lm_scale.model.denoiser import named_parameters
 from bd3lm_scale.parallel.pipeline import data_group, embedding_group, tensor_group
+from bd3lm_scale.parallel.shards import description_of
 from bd3lm_scale.validation import Validation, read_rows
 from bd3lm_scale.values import Rows
 
@@ -248,14 +249,14 @@ def _whole_gradients(engine: Engine, sums: dict[nn.Parameter, Tensor]) -> list[T
     is_tied = engine.transformer.tie_embeddings and mesh.pipeline_size > 1
     for name, parameter in named_parameters(engine.chunks):
         gradient = sums[parameter]
-        if getattr(parameter, "sequence_parallel", False):  # each tensor peer saw a shard of the positions
+        if parameter.sums_over_tensor_ranks:  # pyright: ignore[reportAttributeAccessIssue]  # each tensor peer saw a share of the positions or heads
             dist.all_reduce(gradient, group=tensor_group())
         is_shared = is_tied and name == "embedding.weight"
         if is_shared:  # first and last stage hold one parameter
             dist.all_reduce(gradient, group=embedding_group())
         if mesh.data_size > 1:
             dist.all_reduce(gradient, group=data_group())
-        is_sharded = parameter.shard_dim is not None  # pyright: ignore[reportAttributeAccessIssue]
+        is_sharded = description_of(parameter).shard_dim is not None and mesh.tensor_size > 1
         is_copy = is_shared and mesh.is_last_stage
         if mesh.data_rank == 0 and (is_sharded or mesh.tensor_rank == 0) and not is_copy:
             mine.append(gradient)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.config.checks import check
@@ -16,7 +15,7 @@ from bd3lm_scale.engine import Engine, build_engine
 from bd3lm_scale.errors import ConfigError
 from bd3lm_scale.model.denoiser import named_parameters
 from bd3lm_scale.parallel.mesh import choose_device, init_mesh, new_host_group, read_launch
-from bd3lm_scale.values import StateSlice
+from bd3lm_scale.parallel.shards import description_of, state_slice
 
 ONE_PROCESS = (
     "parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1",
@@ -83,27 +82,14 @@ def load_model(
 @torch.no_grad()
 def load_weights(engine: Engine, reader: CheckpointReader, kind: str = "ema") -> None:
     """Fill the working weights of this rank's chunks from a checkpoint, one parameter at a time."""
-    for name, parameter in named_parameters(engine.chunks):
-        part = _whole_shard(name, parameter, engine, kind)
+    for _, parameter in named_parameters(engine.chunks):
+        run = {kind: torch.empty(parameter.numel())}
+        part = state_slice(description_of(parameter), engine.mesh, 0, parameter.numel(), run)
         reader.fill([part])
         parameter.copy_(part.tensors[kind].view(parameter.shape))
     if engine.transformer.bf16:
         for chunk in engine.chunks:
             chunk.bfloat16()
-
-
-def _whole_shard(name: str, parameter: nn.Parameter, engine: Engine, kind: str) -> StateSlice:
-    dim = parameter.shard_dim  # pyright: ignore[reportAttributeAccessIssue]
-    return StateSlice(
-        name=name,
-        global_shape=parameter.global_shape,  # pyright: ignore[reportAttributeAccessIssue]
-        shard_dim=dim,
-        shard_index=0 if dim is None else engine.mesh.tensor_rank,
-        shard_count=1 if dim is None else engine.mesh.tensor_size,
-        start=0,
-        stop=parameter.numel(),
-        tensors={kind: torch.empty(parameter.numel())},
-    )
 
 
 def find_tokenizer(checkpoint: Path, config: RunConfig) -> Path | None:

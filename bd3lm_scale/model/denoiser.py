@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from bd3lm_scale.model.attention import AttentionPattern
 from bd3lm_scale.model.embedding import TimeEmbedding, rotary_angles
 from bd3lm_scale.model.head import Head
-from bd3lm_scale.model.initialize import initialize
+from bd3lm_scale.model.initialize import compare, initialize
 from bd3lm_scale.model.layer import dit_layer_spec
+from bd3lm_scale.model.parameters import Parameter, parameters
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 from bd3lm_scale.parallel import pipeline
 from bd3lm_scale.parallel.mesh import Mesh
@@ -121,7 +122,7 @@ class Denoiser(MegatronModule):
             attention_mask=None,
             context=conditioning,
             context_mask=dropout_key,
-            rotary_pos_emb=rotary_angles(position, self.config.head_width),
+            rotary_pos_emb=self.rotary(position),
         )
         if not self.post_process:
             return self._leave(hidden, conditioning)
@@ -131,6 +132,19 @@ class Denoiser(MegatronModule):
         rows_RD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, place * batch + row)
         rows_RC = None if conditioning is None else conditioning.index_select(0, row)
         return self.head(rows_RD, rows_RC, target_R, self.tied_weight())
+
+    def rotary(self, position_P: Tensor) -> Tensor:
+        """Rotary angles (P, 1, 1, K) at these positions."""
+        return rotary_angles(position_P, self.config.head_width, self.config.architecture.rope)
+
+    def holds(self, parameter: Parameter) -> bool:
+        """Whether a parameter of the table belongs to this chunk."""
+        if parameter.layer is not None:
+            return self.layer_offset <= parameter.layer < self.layer_offset + len(self.decoder.layers)
+        if parameter.is_at_head:
+            return self.post_process
+        is_tied = self.config.tie_embeddings and parameter.name == "embedding.weight"
+        return self.pre_process or (is_tied and self.post_process)
 
     def tied_weight(self) -> Tensor | None:
         """The embedding, where the head shares it on this very rank."""
@@ -180,11 +194,14 @@ class ChunkList(nn.Module):
 def build_chunks(config: DenoiserConfig, mesh: Mesh, visibility: Visibility, seed: int) -> list[Denoiser]:
     """This rank's part of the model, initialized from (seed, global parameter name): equal under every layout."""
     virtual = config.virtual_pipeline_model_parallel_size
+    table = {parameter.name: parameter for parameter in parameters(config.architecture)}
     chunks = []
     for virtual_stage in range(virtual) if virtual else [None]:
         has_embedding, has_head = pipeline.stage_ends(virtual_stage)
         chunk = Denoiser(config, has_embedding, has_head, mesh.pipeline_rank, virtual_stage)
-        initialize(named_parameters([chunk]), config, mesh.tensor_rank, mesh.tensor_size, seed)
+        here = {name: parameter for name, parameter in table.items() if chunk.holds(parameter)}
+        compare(named_parameters([chunk]), here, mesh.tensor_size)
+        initialize(named_parameters([chunk]), here, mesh.tensor_rank, mesh.tensor_size, config.sequence_parallel, seed)
         chunk.set_visibility(visibility)
         chunks.append(chunk.to(mesh.device))
     return chunks

@@ -78,6 +78,7 @@ class FastWeights:
         self.device = model.embedding.weight.device
         self.dtype = config.params_dtype
         self.num_heads, self.head_width = config.num_attention_heads, config.head_width
+        self.rope = config.architecture.rope
         self.vocab_size = config.vocab_size
         self.embedding = model.embedding.weight.detach()
         conditioning = model.condition(torch.zeros(1, device=self.device))
@@ -230,7 +231,7 @@ class FastDecoder:
         place = (self._start, new)
         if self._rotary is None or self._rotary[0] != place:
             position = torch.arange(self._start, self._start + new, device=self.weights.device)
-            angles = rotary_angles(position, self.weights.head_width)
+            angles = rotary_angles(position, self.weights.head_width, self.weights.rope)
             sin = angles.sin()
             sin[..., : self.weights.head_width // 2] *= -1
             self._rotary = (place, angles.cos().to(self.weights.dtype), sin.to(self.weights.dtype))

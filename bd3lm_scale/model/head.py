@@ -90,8 +90,6 @@ class Head(nn.Module):
         self.config = config
         self.group = group if group.size() > 1 else None
         self.norm = WeightOnlyLayerNorm(config, config.hidden_size)
-        # Rows are gathered before the head, so nothing in it is sequence-parallel.
-        self.norm.weight.sequence_parallel = False  # pyright: ignore[reportAttributeAccessIssue]
         if config.uses_adaln:
             self.modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size, dtype=config.params_dtype)
         self.output = _Projection(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bd3lm_scale.model.attention import LayerCache
 from bd3lm_scale.model.denoiser import Denoiser
-from bd3lm_scale.model.embedding import rotary_angles
 
 _FIRST_CAPACITY = 256
 
@@ -184,7 +183,7 @@ def _decode(model: Denoiser, tokens_BT: Tensor, position_T: Tensor, sigma_B: Ten
         attention_mask=None,
         context=model.condition(sigma_B),
         context_mask=None,
-        rotary_pos_emb=rotary_angles(position_T, model.config.head_width),
+        rotary_pos_emb=model.rotary(position_T),
     )
 
 

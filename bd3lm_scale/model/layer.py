@@ -46,8 +46,6 @@ class WeightOnlyLayerNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
-        # Under sequence parallelism each rank sees part of the rows: the gradient is summed over the peers.
-        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize over the last dimension."""

@@ -3,7 +3,7 @@
 Fast paths that need Apex, Transformer Engine or `main_grad` stay off: the DeepSpeed engine owns the gradients.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,35 +11,51 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bd3lm_scale.config.schema import RunConfig
-
-VOCAB_MULTIPLE = 128
+from bd3lm_scale.model.parameters import Architecture, padded_vocab_size
 
 
 @dataclass
 class DenoiserConfig(TransformerConfig):
     """Megatron's TransformerConfig with what our DiT layers need besides."""
 
-    cond_dim: int = 128
-    uses_adaln: bool = True
+    architecture: Architecture = field(default_factory=lambda: Architecture(1, 1, 1, 1, 4, 1))
     time_conditioning: bool = False
-    tie_embeddings: bool = False
     context_length: int = 1024
     sequence_length: int = 2048
-    vocab_size: int = 0
     mask_token_id: int = 0
     attention_backend: str = "auto"
     scores_noisy_half_only: bool = False
     """The last layer's clean rows serve as keys and values only; skip the rest of their work (exact)."""
 
     @property
+    def cond_dim(self) -> int:
+        """C, the width of the conditioning."""
+        return self.architecture.cond_dim
+
+    @property
+    def uses_adaln(self) -> bool:
+        """Whether the layers are conditioned."""
+        return self.architecture.uses_adaln
+
+    @property
+    def tie_embeddings(self) -> bool:
+        """Whether the head shares the embedding."""
+        return self.architecture.tied_head
+
+    @property
     def head_width(self) -> int:
         """K, the width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.architecture.head_width
+
+    @property
+    def vocab_size(self) -> int:
+        """Real ids, the mask's included."""
+        return self.architecture.vocab_size
 
     @property
     def padded_vocab_size(self) -> int:
         """V rounded up to a multiple of 128, whatever the layout, so checkpoints fit every layout."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return padded_vocab_size(self.vocab_size)
 
 
 def make_transformer_config(
@@ -54,6 +70,7 @@ def make_transformer_config(
         device: decides the options that only exist on CUDA.
     """
     model, parallel = config.model, config.parallel
+    architecture = Architecture.of(config, vocab_size)
     on_gpu = device.type == "cuda"
     is_bf16 = config.precision == "bf16"
     recompute = {
@@ -64,7 +81,7 @@ def make_transformer_config(
     return DenoiserConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        ffn_hidden_size=model.mlp_ratio * model.hidden_size,
+        ffn_hidden_size=architecture.inner,
         num_attention_heads=model.num_heads,
         activation_func=partial(F.gelu, approximate="tanh"),
         hidden_dropout=model.dropout,
@@ -88,19 +105,17 @@ def make_transformer_config(
         persist_layer_norm=False,
         attention_softmax_in_fp32=True,
         deterministic_mode=config.train.deterministic,
+        cuda_graph_scope=[],
         # gloo has no batched send-receive; Megatron's default on GPUs where messages do not overlap computation
         batch_p2p_comm=on_gpu and parallel.interleaved_chunks is None,
         overlap_p2p_comm=parallel.interleaved_chunks is not None,
         # With gloo, freeing a stage's output early gave silent NaN under interleaving.
         deallocate_pipeline_outputs=on_gpu,
         variable_seq_lengths=False,
-        cond_dim=model.cond_dim,
-        uses_adaln=config.uses_adaln,
+        architecture=architecture,
         time_conditioning=config.time_conditioning,
-        tie_embeddings=model.tie_embeddings,
         context_length=config.data.context_length,
         sequence_length=config.sequence_length,
-        vocab_size=vocab_size,
         mask_token_id=mask_token_id,
         attention_backend=model.attention,
         scores_noisy_half_only=config.diffusion.objective == "bd3lm" and not parallel.sequence_parallel,

@@ -18,6 +18,7 @@ from bd3lm_scale.optim.ema import STATE_KEYS, AdamWithEma, ema_decay_at
 from bd3lm_scale.parallel.mesh import Mesh
 from bd3lm_scale.parallel.mpu import ModelParallelUnit
 from bd3lm_scale.parallel.pipeline import before_each_backward, embedding_group, tensor_group
+from bd3lm_scale.parallel.shards import description_of, state_slice
 from bd3lm_scale.values import StateSlice
 
 
@@ -150,38 +151,28 @@ class ZeroOptimizer:
 
     def _flat_slices(self) -> Iterator[StateSlice]:
         partitions = self._partitions()
-        for name, parameter in self.named:
+        for _, parameter in self.named:
             fragment = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
             if fragment is None:  # none of it lies in this rank's partition
                 continue
             inside, held = fragment.lp_fragment_address, fragment.hp_fragment_address
             partition = partitions[fragment.param_group_index]
-            yield self._slice(name, parameter, inside.start, inside.numel, partition, held.start)
+            yield self._slice(parameter, inside.start, inside.numel, partition, held.start)
 
     def _partitioned_slices(self) -> Iterator[StateSlice]:
-        for name, parameter in self.named:
+        for _, parameter in self.named:
             group, offset, width = self.inner.grad_position[self.inner.get_param_id(parameter)]
             start = self.mesh.data_rank * width
             length = min(parameter.ds_numel - start, width)  # pyright: ignore[reportAttributeAccessIssue]
             if length > 0:  # the rest of the last partition is padding
-                yield self._slice(name, parameter, start, length, self._partitions()[group], offset)
+                yield self._slice(parameter, start, length, self._partitions()[group], offset)
 
-    def _slice(self, name: str, parameter: Any, start: int, length: int, partition: Tensor, offset: int) -> StateSlice:
+    def _slice(self, parameter: Any, start: int, length: int, partition: Tensor, offset: int) -> StateSlice:
         state = self.adam.state[partition]
         flat = {"master": partition.data, **{key: state[key] for key in STATE_KEYS}}
-        is_sharded = parameter.shard_dim is not None
-        is_tied_copy = getattr(parameter, "ds_pipe_replicated", False)
-        return StateSlice(
-            name=name,
-            global_shape=parameter.global_shape,
-            shard_dim=parameter.shard_dim,
-            shard_index=self.mesh.tensor_rank if is_sharded else 0,
-            shard_count=self.mesh.tensor_size if is_sharded else 1,
-            start=start,
-            stop=start + length,
-            is_owner=(is_sharded or self.mesh.tensor_rank == 0) and not is_tied_copy,
-            tensors={kind: tensor.narrow(0, offset, length) for kind, tensor in flat.items()},
-        )
+        tensors = {kind: tensor.narrow(0, offset, length) for kind, tensor in flat.items()}
+        is_copy = getattr(parameter, "ds_pipe_replicated", False)
+        return state_slice(description_of(parameter), self.mesh, start, start + length, tensors, is_copy)
 
     def _start_engine(self, module: nn.Module, precision: str, micro_batch_size: int) -> tuple[Any, Any]:
         import deepspeed  # chooses its accelerator when imported, so only once the device is known
@@ -205,7 +196,7 @@ class ZeroOptimizer:
         return engine, inner
 
     def _sum_sequence_parallel_gradients(self) -> None:
-        """Norm weights and row-parallel biases see a shard of the rows under sequence parallelism: add the shards'."""
+        """Where tensor-parallel ranks see shares of the positions (norms, row-parallel biases) or heads: add them."""
 
         def summed(grad: Tensor) -> Tensor:
             total = grad.to(torch.float32, copy=True)  # sums are fp32 under bf16 too
@@ -213,7 +204,7 @@ class ZeroOptimizer:
             return total.to(grad.dtype)
 
         for _, parameter in self.named:
-            if getattr(parameter, "sequence_parallel", False):
+            if parameter.sums_over_tensor_ranks:  # pyright: ignore[reportAttributeAccessIssue]
                 parameter.register_hook(summed)
 
     def _mark_tied_copy(self) -> None:

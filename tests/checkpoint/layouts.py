@@ -13,11 +13,15 @@ def whole_state(shapes: dict[str, tuple[int, ...]], seed: int = 0, kinds=FULL) -
     return {k: {n: torch.randn(s, generator=generator) for n, s in shapes.items()} for k in kinds}
 
 
-def shard(tensor: torch.Tensor, dim: int | None, index: int, count: int) -> torch.Tensor:
-    return tensor if dim is None else tensor.chunk(count, dim)[index].contiguous()
+def shard(tensor: torch.Tensor, dim: int | None, index: int, count: int, parts: tuple[int, ...] = ()) -> torch.Tensor:
+    """Of each part along `dim` the same share, end to end; one part unless some are given."""
+    if dim is None:
+        return tensor
+    pieces = tensor.split(parts or tensor.shape[dim], dim)
+    return torch.cat([piece.chunk(count, dim)[index] for piece in pieces], dim).contiguous()
 
 
-def cut(shapes, dims, tp, pp, dp, state=None, kinds=FULL) -> list[list[StateSlice]]:
+def cut(shapes, dims, tp, pp, dp, state=None, kinds=FULL, parts=None) -> list[list[StateSlice]]:
     """StateSlices of every rank. With state the tensors hold it, without they are NaN, to be filled.
 
     Parameters are dealt to pipeline stages in order; each stage's shards are laid end to end and the flat buffer is
@@ -41,16 +45,19 @@ def cut(shapes, dims, tp, pp, dp, state=None, kinds=FULL) -> list[list[StateSlic
                         count = 1 if dims[name] is None else tp
                         index = t if count > 1 else 0
                         dim = dims[name] if count > 1 else None
+                        pieces = (parts or {}).get(name, ()) if count > 1 else ()
                         tensors = {}
                         for kind in kinds:
                             if state is None:
                                 tensors[kind] = torch.full((stop - start,), float("nan"))
                             else:
-                                flat = shard(state[kind][name], dim, index, count).reshape(-1)
+                                flat = shard(state[kind][name], dim, index, count, pieces).reshape(-1)
                                 tensors[kind] = flat[start:stop].clone()
                         owner = count > 1 or t == 0
                         slices.append(
-                            StateSlice(name, tuple(shapes[name]), dim, index, count, start, stop, owner, tensors)
+                            StateSlice(
+                                name, tuple(shapes[name]), dim, index, count, start, stop, owner, tensors, pieces
+                            )
                         )
                     begin += size
                 ranks.append(slices)

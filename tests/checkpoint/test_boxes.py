@@ -19,15 +19,18 @@ TP_SIZES = (1, 2, 3)
 
 @st.composite
 def parameters(draw):
-    """Shapes of 0 to 3 dimensions with a shard dimension that every TP size divides."""
-    shapes, dims = {}, {}
+    """Shapes of 0 to 3 dimensions, a shard dimension that every TP size divides, and rows cut in one to three parts."""
+    shapes, dims, parts = {}, {}, {}
     for i in range(draw(st.integers(1, 5))):
         shape = draw(st.lists(st.integers(1, 7), min_size=0, max_size=3))
         dim = draw(st.one_of(st.none(), st.integers(0, len(shape) - 1))) if shape else None
         if dim is not None:
             shape[dim] *= 6
+        if dim == 0:
+            parts[f"layer.{i}"] = tuple(6 * n for n in draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+            shape[0] = sum(parts[f"layer.{i}"])
         shapes[f"layer.{i}"], dims[f"layer.{i}"] = tuple(shape), dim
-    return shapes, dims
+    return shapes, dims, parts
 
 
 layouts = st.tuples(st.sampled_from(TP_SIZES), st.integers(1, 3), st.integers(1, 5))
@@ -36,17 +39,19 @@ layouts = st.tuples(st.sampled_from(TP_SIZES), st.integers(1, 3), st.integers(1,
 @settings(max_examples=150, deadline=None)
 @given(parameters(), st.sampled_from(TP_SIZES), st.data())
 def test_boxes_tile_the_run(model, tp, data):
-    shapes, dims = model
+    shapes, dims, parts = model
     name = next(iter(shapes))
     whole = torch.arange(torch.Size(shapes[name]).numel(), dtype=torch.float32).reshape(shapes[name])
     count = tp if dims[name] is not None else 1
     index = data.draw(st.integers(0, count - 1))
-    flat = shard(whole, dims[name], index, count).reshape(-1)
+    pieces = parts.get(name, ()) if count > 1 else ()
+    flat = shard(whole, dims[name], index, count, pieces).reshape(-1)
     start = data.draw(st.integers(0, flat.numel()))
     stop = data.draw(st.integers(start, flat.numel()))
-    part = StateSlice(name, shapes[name], dims[name] if count > 1 else None, index, count, start, stop)
+    dim = dims[name] if count > 1 else None
+    part = StateSlice(name, shapes[name], dim, index, count, start, stop, parts=pieces)
     boxes = boxes_of(part)
-    assert len(boxes) <= (1, 1, 3, 5)[len(shapes[name])]
+    assert len(boxes) <= (1, 1, 3, 5)[len(shapes[name])] + max(len(pieces) - 1, 0)
     pieces = [whole[tuple(slice(o, o + n) for o, n in zip(b.offset, b.shape, strict=True))].reshape(-1) for b in boxes]
     assert torch.equal(torch.cat([torch.empty(0), *pieces]), flat[start:stop])
     assert [b.start for b in boxes] == np.cumsum([0] + [b.volume for b in boxes])[:-1].tolist()
@@ -63,16 +68,16 @@ def store_all(folder, ranks):
 @settings(max_examples=150, deadline=None)
 @given(parameters(), layouts, layouts, st.sampled_from([8, 40, 10**6]))
 def test_any_layout_reads_as_any_other(tmp_path_factory, model, saved_as, read_as, row_bytes):
-    shapes, dims = model
+    shapes, dims, parts = model
     state = whole_state(shapes)
     folder = tmp_path_factory.mktemp("any")
     with pytest.MonkeyPatch.context() as patch:
         # both ways of reading rows, and several reads per region
         patch.setattr(reader_module, "SEPARATE_READ_BYTES", row_bytes)
         patch.setattr(reader_module, "ROWS_READ_BYTES", row_bytes)
-        reader = store_all(folder, cut(shapes, dims, *saved_as, state))
-        wanted = cut(shapes, dims, *read_as, state)
-        for rank, expected in zip(cut(shapes, dims, *read_as), wanted, strict=True):
+        reader = store_all(folder, cut(shapes, dims, *saved_as, state, parts=parts))
+        wanted = cut(shapes, dims, *read_as, state, parts=parts)
+        for rank, expected in zip(cut(shapes, dims, *read_as, parts=parts), wanted, strict=True):
             reader.fill(rank)
             for part, other in zip(rank, expected, strict=True):
                 for kind in part.tensors:
@@ -123,6 +128,9 @@ def test_box_index_finds_holes_doubles_and_strangers():
         (((6, 4), 0, 2, 2, 0, 1), "shard 2 of 2"),
         (((6, 4), None, 0, 2, 0, 1), "needs a shard_dim"),
         (((6, 4), 0, 0, 2, 0, 13), r"outside a shard of 12"),
+        (((6, 4), 0, 0, 2, 0, 1, True, {}, (3, 3)), r"in parts of \(3, 3\) is not divisible by 2"),
+        (((6, 4), 0, 0, 2, 0, 1, True, {}, (4, 4)), r"parts \(4, 4\) are not the rows"),
+        (((6, 4), 1, 0, 2, 0, 1, True, {}, (2, 2)), r"which alone are cut in parts"),
     ],
 )
 def test_impossible_slices_are_refused(arguments, message):

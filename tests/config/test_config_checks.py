@@ -7,8 +7,8 @@ import re
 import pytest
 
 from bd3lm_scale.config.checks import check, num_micro_batches, padded_vocab_size, problems
+from bd3lm_scale.config.fields import field_names, field_rules
 from bd3lm_scale.config.load import from_dict, to_dict
-from bd3lm_scale.config.ranges import CHOICES, INTERVALS, is_inside, value_of
 from bd3lm_scale.config.resume import resume_differences
 from bd3lm_scale.errors import ConfigError
 
@@ -75,7 +75,7 @@ REFUSED = [
     ({"model__num_heads": 32}, "model.num_heads", {"model__hidden_size": 128}, "multiple of 64"),
     ({"data__path": None}, "data.path", {"data__path": "d"}, "tools/prepare_data.py"),
     ({"data__mixture": [{"path": "a"}]}, "data.path", {"data__path": None}, "one of the two"),
-    ({"data__path": None, "data__mixture": [{"path": "a", "weight": 0}]}, "data.mixture[0].weight", None, "positive"),
+    ({"data__path": None, "data__mixture": [{"path": "a", "weight": 0}]}, "data.mixture[0].weight", None, "(0, inf)"),
     (
         {"data__stream_text": True, "data__tokenizer": "t"},
         "data.stream_text",
@@ -166,37 +166,50 @@ def test_every_refusal_names_the_field_and_a_remedy_that_works(wrong, field, rem
         assert not problems(make(**{**wrong, **remedy}))
 
 
+def changed(name, value):
+    """What is found wrong when one dotted field of a legal configuration has this value."""
+    return make(checked=False, **{name.replace(".", "__"): value})
+
+
+def ends_of(rule):
+    """(outside, inside) for each finite end of a field's interval, as near to it as its kind allows."""
+    for end, side in zip(rule.interval[1:-1].split(", "), (-1, 1), strict=True):
+        if end in ("inf", "-inf"):
+            continue
+        value = rule.kind(end)
+        step = 1 if rule.kind is int else 1e-9 * max(1.0, abs(value))
+        is_closed = rule.interval[0 if side < 0 else -1] in "[]"
+        yield (value + side * step, value) if is_closed else (value, value - side * step)
+
+
 def test_numbers_are_checked_at_the_ends_of_their_intervals():
-    config = make()
-    values = to_dict(config)
-    for name, interval in INTERVALS.items():
-        kind = type(value_of(config, name))
-        low = float(interval[1:-1].split(",")[0])
-        outside = low if interval[0] == "(" else low - (1e-9 if kind is float else 1)
-        assert not is_inside(outside, interval)
-        changed = to_dict(config)
-        *sections, leaf = name.split(".")
-        place = changed
-        for section in sections:
-            place = place[section]
-        place[leaf] = outside if kind is float or outside != int(outside) else int(outside)
-        with pytest.raises(ConfigError) as caught:
-            from_dict(changed)
-        assert any(line.startswith(f"{name} (") for line in caught.value.problems), name
-    assert to_dict(config) == values
+    checked = 0
+    for name in field_names():
+        rule = field_rules()[name]
+        for outside, inside in ends_of(rule) if rule.interval else ():
+            refusal = rf"{re.escape(name)} \(.*\): must lie in {re.escape(rule.interval)}; use "
+            lines = changed(name, outside)
+            assert isinstance(lines, list), (name, outside)
+            assert sum(re.match(refusal, line) is not None for line in lines) == 1, lines
+            lines = changed(name, inside)
+            assert not isinstance(lines, list) or not [line for line in lines if re.match(refusal, line)], lines
+            checked += 1
+    assert checked > 100
 
 
-def test_every_shown_choice_is_legal_and_a_typo_names_its_neighbour():
+def test_every_shown_choice_is_legal_and_a_typo_names_its_neighbor():
     together = {
         "sampling.sampler": {"ar": ("diffusion__objective", "ar"), "analytic": ("diffusion__objective", "sedd")},
         "model.attention": {"flex": ("model__num_heads", 6)},
     }
-    for name, choices in CHOICES.items():
+    named = [name for name in field_names() if field_rules()[name].choices]
+    assert {"precision", "diffusion.schedule", "sampling.sampler", "optim.schedule"} <= set(named)
+    for name in named:
+        choices = field_rules()[name].choices
         for choice in choices:
             extra = together.get(name, {}).get(choice)
             make(**{name.replace(".", "__"): choice, **(dict([extra]) if extra else {})})
-        typo = choices[0] + "x"
-        found = make(checked=False, **{name.replace(".", "__"): typo})
+        found = changed(name, choices[0] + "x")
         assert len(found) == 1, found
         assert f"use {choices[0]}" in found[0]
 

@@ -1,7 +1,7 @@
 """From a native checkpoint to a Hugging Face folder that loads on transformers 4.49 and later.
 
     config.json  model.safetensors (or shards and an index)  generation_config.json  README.md
-    configuration_bd3lm.py modeling_bd3lm.py generation_bd3lm.py likelihood_bd3lm.py  tokenizer files
+    configuration_bd3lm.py modeling_bd3lm.py and what it imports (CODE_FILES)  tokenizer files
 
 Reads one tensor at a time and holds one shard. What it writes depends on the weights and the training record only,
 not on the layout they were saved under.
@@ -34,7 +34,9 @@ from bd3lm_scale.checkpoint.names import (
 from bd3lm_scale.config.load import from_dict
 from bd3lm_scale.config.schema import RunConfig
 
-CODE_FILES = ("configuration_bd3lm.py", "modeling_bd3lm.py", "generation_bd3lm.py", "likelihood_bd3lm.py")
+CODE_FILES = tuple(
+    f"{part}_bd3lm.py" for part in ("configuration", "modeling", "generation", "likelihood", "inputs", "vocabulary")
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -161,7 +163,8 @@ def config_fields(
         "auto_map": {
             "AutoConfig": "configuration_bd3lm.BD3LMConfig",
             "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM",
-            "AutoModelForCausalLM": "modeling_bd3lm.BD3LM",  # what pipeline("text-generation") asks for
+            # what pipeline("text-generation") asks for, and programs that read logits as next-token predictions
+            "AutoModelForCausalLM": f"modeling_bd3lm.BD3LM{'' if objective == 'ar' else 'ForCausalLM'}",
         },
         "model_type": "bd3lm",
         "objective": objective,

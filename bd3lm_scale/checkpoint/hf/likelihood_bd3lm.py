@@ -4,12 +4,19 @@ Shapes: B rows, L tokens in a row, N blocks in a row, V ids including the mask.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
+from .inputs_bd3lm import Alignment, checked_ids
+
+DRAWS = 8
+"""Noise draws of `score` where it is not exact."""
+EXACT_PASSES = 15
+"""`score` is exact where so many passes over the text are enough: blocks of up to four tokens."""
 TIME_EPSILON = 1e-3
 SIGMA_MAX = 6.9078
 """-ln(1 - (1 - 1e-3)): the largest noise level of the loglinear schedule."""
@@ -17,7 +24,7 @@ SIGMA_MAX = 6.9078
 
 @dataclass
 class ScoreOutput(ModelOutput):
-    """Likelihood of each row: nats are an upper bound of -log p (NELBO), exact for ar and block size 1.
+    """Likelihood of each row: nats are an upper bound of -log p (NELBO), -log p itself for ar and block size 1.
 
     Attributes:
         nats: (B,) sum over the row's scored tokens.
@@ -25,6 +32,8 @@ class ScoreOutput(ModelOutput):
         nats_per_token: (B,).
         perplexity: (B,) exp(nats_per_token).
         token_nats: (B, L) the share of each token, averaged over the draws; 0 where not scored.
+        nats_stderr: (B,) standard error of `nats` over the noise: 0 where no noise is left (every mask pattern was
+            enumerated), nan with a single draw.
     """
 
     nats: torch.FloatTensor = None
@@ -32,6 +41,19 @@ class ScoreOutput(ModelOutput):
     nats_per_token: torch.FloatTensor = None
     perplexity: torch.FloatTensor = None
     token_nats: torch.FloatTensor = None
+    nats_stderr: torch.FloatTensor = None
+
+
+@contextmanager
+def evaluating(model):
+    """Evaluation mode inside; afterwards, errors included, every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def sigma_of(mask_rate):
@@ -86,24 +108,33 @@ class Likelihood:
 
     def token_losses(self, noisy_BL, clean_BL, counts_BL, rate_BL, timesteps=None, attention_mask=None):
         """Weighted loss of every token (B, L) for given noise, and the logits (B, L, V)."""
+        return self._denoising_losses(noisy_BL, clean_BL, counts_BL, rate_BL, timesteps, attention_mask)[:2]
+
+    def _denoising_losses(self, noisy_BL, clean_BL, counts_BL, rate_BL, timesteps, attention_mask, embeds_BLD=None):
+        """token_losses and the hidden states of every layer; embeds_BLD stand for the clean tokens."""
         config = self.config
-        is_pair = config.objective == "bd3lm"
-        tokens = torch.cat([noisy_BL, clean_BL], dim=1) if is_pair else noisy_BL
+        is_pair, length = config.objective == "bd3lm", noisy_BL.shape[1]
+        is_mask_BL = noisy_BL == config.mask_token_id
+        noisy, clean = noisy_BL, clean_BL
+        if embeds_BLD is not None:
+            mask_D = self.get_input_embeddings()(noisy_BL.new_tensor([config.mask_token_id]))[0]
+            noisy, clean = torch.where(is_mask_BL[..., None], mask_D.to(embeds_BLD.dtype), embeds_BLD), embeds_BLD
+        tokens = torch.cat([noisy, clean], dim=1) if is_pair else noisy
         if timesteps is None and config.time_conditioning:
             timesteps = sigma_of(rate_BL[:, 0])
         hidden, cond = self.encode(tokens, timesteps, attention_mask, is_pair)
-        logits = self.backbone.output_layer(hidden[-1][:, : noisy_BL.shape[1]], cond)
-        scored_BL = counts_BL & (noisy_BL == config.mask_token_id)
+        hidden = [h[:, :length] for h in hidden]
+        logits = self.backbone.output_layer(hidden[-1], cond)
         per_token = self.score_entropy if config.objective == "sedd" else self.cross_entropy
         loss_BL = per_token(logits, clean_BL)
-        return torch.where(scored_BL, loss_BL / rate_BL, 0.0), logits
+        return torch.where(counts_BL & is_mask_BL, loss_BL / rate_BL, 0.0), logits, hidden
 
-    def causal_losses(self, tokens_BL, target_BL, counts_BL, attention_mask=None):
-        """Autoregressive cross-entropy of every token (B, L), 0 for the first, and the logits (B, L, V)."""
-        hidden, cond = self.encode(tokens_BL, attention_mask=attention_mask)
+    def causal_losses(self, tokens, target_BL, counts_BL, attention_mask=None):
+        """Autoregressive cross-entropy of every token (B, L), 0 for the first; logits (B, L, V); hidden states."""
+        hidden, cond = self.encode(tokens, attention_mask=attention_mask)
         logits = self.backbone.output_layer(hidden[-1], cond)
         loss_BL = F.pad(self.cross_entropy(logits[:, :-1], target_BL[:, 1:]), (1, 0))
-        return torch.where(counts_BL, loss_BL, 0.0), logits
+        return torch.where(counts_BL, loss_BL, 0.0), logits, hidden
 
     def _counted(self, labels, attention_mask):
         counts_BL = labels != -100
@@ -112,65 +143,153 @@ class Likelihood:
         is_first = torch.arange(labels.shape[1], device=labels.device) == 0
         return counts_BL & ~is_first if self.config.ignore_bos or self.config.objective == "ar" else counts_BL
 
-    def _labelled(self, input_ids, labels, timesteps, attention_mask, mask_rate, generator):
-        """Mean loss per scored token and the logits; see `forward`."""
+    def _labelled(self, given, labels, timesteps, attention_mask, mask_rate, generator):
+        """Mean loss per scored token, logits and hidden states; `given` holds ids or embeddings. See `forward`."""
         length = labels.shape[1]
+        embeds = given if given.is_floating_point() else None
         counts_BL = self._counted(labels, attention_mask)
-        clean_BL = torch.where(labels == -100, input_ids[:, -length:], labels)
+        clean_BL = torch.where(labels == -100, 0 if embeds is not None else given[:, -length:], labels)
         if self.config.objective == "ar":
-            loss_BL, logits = self.causal_losses(input_ids, clean_BL, counts_BL, attention_mask)
+            loss_BL, logits, hidden = self.causal_losses(given, clean_BL, counts_BL, attention_mask)
         else:
             if mask_rate is None:
                 rate = self.draw_mask_rates(labels.shape[0], length, generator, labels.device)
                 noisy_BL = self._noised(clean_BL, counts_BL, self._per_token(rate, length), generator)
+            elif embeds is None:
+                rate, noisy_BL = mask_rate.to(labels.device), given[:, :length]
             else:
-                rate, noisy_BL = mask_rate.to(labels.device), input_ids[:, :length]
+                raise ValueError("mask_rate: noise that is given must be given as input_ids, not as inputs_embeds")
             rate_BL = self._per_token(rate, length)
-            loss_BL, logits = self.token_losses(noisy_BL, clean_BL, counts_BL, rate_BL, timesteps, attention_mask)
-        return loss_BL.sum() / counts_BL.sum().clamp(min=1), logits
+            loss_BL, logits, hidden = self._denoising_losses(
+                noisy_BL, clean_BL, counts_BL, rate_BL, timesteps, attention_mask, embeds
+            )
+        return loss_BL.sum() / counts_BL.sum().clamp(min=1), logits, hidden
 
     def _noised(self, clean_BL, counts_BL, rate_BL, generator):
         where = generator.device if generator is not None else clean_BL.device
         uniform_BL = torch.rand(clean_BL.shape, generator=generator, device=where).to(clean_BL.device)
         return torch.where(counts_BL & (uniform_BL < rate_BL), self.config.mask_token_id, clean_BL)
 
+    # ---- score -----------------------------------------------------------------------------------------------------
+
     @torch.no_grad()
-    def score(self, input_ids, attention_mask=None, labels=None, draws=1, seed=0):
-        """Likelihood of each row in nats: a Monte-Carlo NELBO (exact for ar and block size 1).
+    def score(self, input_ids, attention_mask=None, labels=None, draws=None, seed=0):
+        """Likelihood of each row in nats, with its standard error.
+
+        It is exact for ar, and where enumerating the masks of a block takes at most EXACT_PASSES passes (`draws`, where
+        given): then every pattern of masks is weighted as the bound does. Otherwise the number of masked tokens
+        of each block is drawn, stratified over the draws, then which ones: the bound's expectation over times in
+        closed form, so that only the choice of masks is left to chance.
 
         Args:
-            input_ids: (B, L) clean text, at most model_length tokens, padded on the right.
+            input_ids: (B, L) clean text, at most model_length tokens, padded at the left or right end.
             attention_mask: (B, L), 0 for padding.
             labels: (B, L), -100 for tokens that are given, not scored (a prompt); default: all are scored.
-            draws: noise draws per row; their times are stratified together.
+            draws: noise draws per row; default: DRAWS.
             seed: of the noise; the same seed gives the same figures.
 
         Raises:
-            ValueError: rows longer than the model's context.
+            ValueError: rows longer than the model's context or without a token to score, masks in the text.
         """
-        batch, length = input_ids.shape
-        if length > self.config.model_length:
+        rows, tokens_BL, counts_BL = self._to_score(input_ids, attention_mask, labels, draws)
+        is_real_BL = rows.is_real_BL
+        with evaluating(self):
+            if self.config.objective == "ar":
+                losses = [self.causal_losses(tokens_BL, tokens_BL, counts_BL, is_real_BL)[0]]
+                noise = [(None, None, None)]
+            else:
+                noise = self._mask_patterns(counts_BL, draws, seed)
+                losses = []
+                for is_masked_BL, rate_BL, time_B in noise:
+                    noisy_BL = tokens_BL.masked_fill(is_masked_BL, self.config.mask_token_id)
+                    sigma_B = sigma_of(time_B) if self.config.time_conditioning else None
+                    losses.append(self.token_losses(noisy_BL, tokens_BL, counts_BL, rate_BL, sigma_B, is_real_BL)[0])
+        return self._score_output(torch.stack(losses), noise[0][2] is None, counts_BL, rows)
+
+    def _to_score(self, input_ids, attention_mask, labels, draws):
+        """Aligned rows, their tokens and which of these are scored; ValueError for what cannot be scored."""
+        config = self.config
+        if draws is not None and (isinstance(draws, bool) or int(draws) != draws or draws < 1):
+            raise ValueError(f"draws ({draws}): must be an integer of at least 1")
+        input_ids = checked_ids(input_ids, config.vocab_size)
+        if input_ids.shape[1] > config.model_length:
             raise ValueError(
-                f"input_ids: {length} tokens, but the model's context is {self.config.model_length}; "
+                f"input_ids: {input_ids.shape[1]} tokens, but the model's context is {config.model_length}; "
                 "split the text into rows of at most that many tokens"
             )
-        was_training = self.training
-        self.eval()
-        counts_BL = self._counted(input_ids if labels is None else labels, attention_mask)
-        if self.config.objective == "ar":
-            total_BL, _ = self.causal_losses(input_ids, input_ids, counts_BL, attention_mask)
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            rate = self.draw_mask_rates(draws * batch, length, generator, input_ids.device)
-            total_BL = 0.0
-            for rate_BN in rate.view(draws, batch, -1):
-                rate_BL = self._per_token(rate_BN, length)
-                noisy_BL = self._noised(input_ids, counts_BL, rate_BL, generator)
-                total_BL += self.token_losses(noisy_BL, input_ids, counts_BL, rate_BL, None, attention_mask)[0]
-            total_BL = total_BL / draws
-        self.train(was_training)
-        nats, num_tokens = total_BL.sum(1), counts_BL.sum(1)
-        per_token = nats / num_tokens.clamp(min=1)
+        rows = Alignment(attention_mask, *input_ids.shape)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels {tuple(labels.shape)}: give one per token, shape {tuple(input_ids.shape)}")
+        is_real_BL = None if attention_mask is None else attention_mask.bool()
+        checked_ids(input_ids, config.vocab_size, "input_ids", config.mask_token_id, is_real_BL)
+        tokens_BL, labels = rows.start(input_ids), rows.start(input_ids if labels is None else labels)
+        counts_BL = self._counted(labels, rows.is_real_BL)
+        if bool((counts_BL & (labels != tokens_BL)).any()):
+            raise ValueError("labels: use -100 for tokens that are given and the token itself for those to score")
+        is_empty_B = ~counts_BL.any(1)
+        if bool(is_empty_B.any()):
+            given = (
+                "a row's first token is given, not scored; " if config.ignore_bos or config.objective == "ar" else ""
+            )
+            raise ValueError(
+                f"input_ids: rows {is_empty_B.nonzero().flatten().tolist()} have no token to score; {given}"
+                "leave such rows out"
+            )
+        return rows, tokens_BL, counts_BL
+
+    def _score_output(self, token_nats_JBL, is_exact, counts_BL, rows):
+        total_BL = token_nats_JBL.sum(0) if is_exact else token_nats_JBL.mean(0)
+        nats, num_tokens, draws = total_BL.sum(1), counts_BL.sum(1), len(token_nats_JBL)
+        stderr = torch.zeros_like(nats) if is_exact else torch.full_like(nats, float("nan"))
+        if not is_exact and draws > 1:
+            stderr = token_nats_JBL.sum(2).std(0) / draws**0.5
+        per_token = nats / num_tokens
         return ScoreOutput(
-            nats=nats, num_tokens=num_tokens, nats_per_token=per_token, perplexity=per_token.exp(), token_nats=total_BL
-        )
+            nats=nats, num_tokens=num_tokens, nats_per_token=per_token, perplexity=per_token.exp(),
+            token_nats=rows.back(total_BL), nats_stderr=stderr,
+        )  # fmt: skip
+
+    def _mask_patterns(self, counts_BL, draws, seed):
+        """Patterns of masks with (masked (B, L), rate that divides the losses (B, L), time (B,)).
+
+        Their losses are to be added where time is None (all patterns), averaged otherwise. In a block with c scored
+        tokens the bound is the sum over all sets M of masked ones of (|M|-1)! (c-|M|)! / c! times their nats, since
+        the integral of t^(k-1) (1-t)^(c-k) is that; equally c times the mean over k = 1 ... c of 1/k times the mean
+        over sets of k. With a uniform key per token, the k smallest keys are such a set, and the k-th smallest is
+        distributed as the time given k masks.
+        """
+        length = counts_BL.shape[1]
+        size = self.config.block_size if self.config.objective == "bd3lm" else length
+        counts_BNS = F.pad(counts_BL, (0, -length % size)).unflatten(1, (-1, size))
+        num_BN1 = counts_BNS.sum(-1, keepdim=True)
+        most = int(num_BN1.max())
+        allowed = EXACT_PASSES if draws is None else draws
+        per_token = lambda x: x.expand_as(counts_BNS).flatten(1)[:, :length]  # noqa: E731
+        if not self.config.time_conditioning and most < 63 and 2**most - 1 <= allowed:
+            place_BNS = (counts_BNS.cumsum(-1) - 1).clamp(min=0)
+            patterns = []
+            for number in range(1, 2**most):
+                is_masked = counts_BNS & ((number >> place_BNS) % 2 == 1) & (number < 2**num_BN1)
+                k = bin(number).count("1")
+                ways = torch.tensor([math.comb(c, k) * k if c >= k else 1 for c in range(most + 1)])
+                rate = ways.to(num_BN1.device)[num_BN1].float()  # 1 / ((k-1)! (c-k)! / c!)
+                patterns.append((per_token(is_masked), per_token(rate), None))
+            return patterns
+        return [
+            (per_token(is_masked), per_token(rate), time.to(counts_BL.device))
+            for is_masked, rate, time in self._drawn_patterns(counts_BNS.cpu(), num_BN1.cpu(), draws or DRAWS, seed)
+        ]
+
+    @staticmethod
+    def _drawn_patterns(counts_BNS, num_BN1, draws, seed):
+        generator = torch.Generator().manual_seed(seed)
+        stratum_JBN1 = torch.rand(draws, *num_BN1.shape, generator=generator).argsort(0)
+        for stratum_BN1 in stratum_JBN1:
+            where = (stratum_BN1 + torch.rand(num_BN1.shape, generator=generator, dtype=torch.float64)) / draws
+            k_BN1 = 1 + (where * num_BN1).long().clamp(max=(num_BN1 - 1).clamp(min=0))
+            key_BNS = torch.rand(counts_BNS.shape, generator=generator, dtype=torch.float64)
+            ordered_BNS = key_BNS.masked_fill(~counts_BNS, 2.0).sort(-1).values
+            time_BN1 = ordered_BNS.gather(-1, k_BN1 - 1)
+            time_BN1 = torch.where(num_BN1 > 0, time_BN1, key_BNS[..., :1])
+            rate_BN1 = k_BN1 / num_BN1.clamp(min=1)
+            yield counts_BNS & (key_BNS <= time_BN1), rate_BN1.float(), time_BN1[:, 0, 0].float()

@@ -17,7 +17,9 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BlockGeneration
+from .inputs_bd3lm import Alignment, checked_ids
 from .likelihood_bd3lm import Likelihood
+from .vocabulary_bd3lm import Vocabulary
 
 
 class BlockCache:
@@ -227,26 +229,32 @@ class Backbone(nn.Module):
         self.rotary_emb = Rotary(config.hidden_dim // config.n_heads)
         self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.n_blocks))
         self.output_layer = OutputLayer(config)
+        self.gradient_checkpointing = False  # set by transformers, with _gradient_checkpointing_func
 
-    def encode(self, token_BP, position_P, cond_BC, visible, cache=None, commit=False):
-        """Hidden states after the embedding and after every block, (B, P, D) each."""
-        x_BPD = self.vocab_embed(token_BP)
+    def encode(self, given, position_P, cond_BC, visible, cache=None, commit=False):
+        """Hidden states after the embedding and after every block, (B, P, D) each; given: ids or embeddings."""
+        x_BPD = given.float() if given.is_floating_point() else self.vocab_embed(given)
         rotation = self.rotary_emb(position_P)
         hidden = [x_BPD]
         for block in self.blocks:
-            x_BPD = block(x_BPD, cond_BC, rotation, visible, cache=cache, commit=commit)
+            if self.gradient_checkpointing and self.training and cache is None:
+                x_BPD = self._gradient_checkpointing_func(block.__call__, x_BPD, cond_BC, rotation, visible)
+            else:
+                x_BPD = block(x_BPD, cond_BC, rotation, visible, cache=cache, commit=commit)
             hidden.append(x_BPD)
         return hidden
 
 
-class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
+class BD3LM(BlockGeneration, Likelihood, Vocabulary, PreTrainedModel, GenerationMixin):
     """Block-diffusion language model (bd3lm) and its baselines (mdlm, sedd, ar)."""
 
     config_class = BD3LMConfig
     base_model_prefix = "bd3lm"
     _no_split_modules = ["DiTBlock"]  # noqa: RUF012  (prescribed by transformers)
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _auto_class = "AutoModelForMaskedLM"  # save_pretrained copies this code (transformers 4 does not by itself)
+    _stands_for_causal_lm = False
 
     def __init__(self, config):
         super().__init__(config)
@@ -276,14 +284,6 @@ class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
             nn.init.ones_(module.weight)
         elif isinstance(module, Rotary) and not module.inv_freq.is_meta:
             module.inv_freq.copy_(module.frequencies("cpu"))
-
-    def get_input_embeddings(self):
-        """The token embedding (its parameter is called `embedding`)."""
-        return self.backbone.vocab_embed
-
-    def get_output_embeddings(self):
-        """The head; never tied."""
-        return self.backbone.output_layer.linear
 
     # ---- key/value cache -------------------------------------------------------------------------------------------
 
@@ -325,10 +325,13 @@ class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
             raise ValueError(f"sample_mode=False reads [noisy ; clean]: {length} tokens are not two equal halves")
         return True
 
-    def encode(self, input_ids, timesteps=None, attention_mask=None, is_pair=False, cache=None, commit=False):
-        """Hidden states of every layer and the conditioning vector; in pair mode of both halves."""
-        batch, length = input_ids.shape
-        device, block = input_ids.device, self.config.attention_block
+    def encode(self, given, timesteps=None, attention_mask=None, is_pair=False, cache=None, commit=False):
+        """Hidden states of every layer and the conditioning vector; in pair mode of both halves.
+
+        `given` holds ids (B, P) or their embeddings (B, P, D); padding is at the right end.
+        """
+        batch, length = given.shape[:2]
+        device, block = given.device, self.config.attention_block
         cond_BC = self.conditioning(timesteps, batch, device)
         visible = None
         if is_pair:
@@ -353,7 +356,7 @@ class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
             # A padding position sees itself, so that no query is left without a key.
             itself = torch.eye(length, dtype=torch.bool, device=device)
             visible = (real_B11J if visible is None else visible & real_B11J) | itself
-        hidden = self.backbone.encode(input_ids, position_P, cond_BC, visible, cache=cache, commit=commit)
+        hidden = self.backbone.encode(given, position_P, cond_BC, visible, cache=cache, commit=commit)
         if cache is not None and commit:
             cache.num_tokens += length
         return hidden, cond_BC
@@ -371,6 +374,8 @@ class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
         generator=None,
         output_hidden_states=None,
         return_dict=None,
+        inputs_embeds=None,
+        output_attentions=None,
     ):
         """Logits, and the negative evidence lower bound (NELBO) when `labels` are given.
 
@@ -379,7 +384,8 @@ class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
                 sequence is block-causal: each block sees itself and the blocks before it, so earlier blocks should
                 be clean and the last one noisy. mdlm and sedd see everything, ar is causal.
             timesteps: noise level sigma, (B,) or (B, n) (averaged); needed with time conditioning only.
-            attention_mask: (B, L), 0 for padding: it is seen by no token and not scored.
+            attention_mask: (B, L), 0 for padding at the left or right end: it is seen by no token and not scored, and
+                blocks are counted from a row's first real token.
             labels: (B, L) clean text. input_ids is then the same text; noise is drawn here and `loss` is the NELBO
                 in nats per scored token (ar: the exact cross-entropy). Tokens labelled -100 stay clean and unscored.
             sample_mode: True: a plain sequence even if 2L long; False: [noisy ; clean] whatever its length.
@@ -390,19 +396,79 @@ class BD3LM(BlockGeneration, Likelihood, PreTrainedModel, GenerationMixin):
             generator: torch.Generator for the noise.
             output_hidden_states, return_dict: as everywhere in transformers; with return_dict=False the bare logits
                 (or (logits, hidden_states), or (loss, logits)) are returned, as the published code does.
+            inputs_embeds: (B, P, D) in place of input_ids; with labels, of the clean text.
+            output_attentions: only false: attention weights are never formed.
+
+        Raises:
+            ValueError: ids, masks or labels that no model could read, each named.
         """
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
+        if output_attentions:
+            raise ValueError("output_attentions (True): attention weights are never formed here; use False")
+        given = self._given(input_ids, inputs_embeds)
         if labels is not None:
-            loss, logits = self._labelled(input_ids, labels, timesteps, attention_mask, mask_rate, generator)
-            return MaskedLMOutput(loss=loss, logits=logits) if return_dict else (loss, logits)
-        cache = past_key_values if past_key_values is not None else (self._cache if sample_mode else None)
-        is_pair = cache is None and self._is_pair(input_ids.shape[1], sample_mode)
-        hidden, cond_BC = self.encode(input_ids, timesteps, attention_mask, is_pair, cache, bool(store_kv))
-        if is_pair:
-            hidden = [h[:, : input_ids.shape[1] // 2] for h in hidden]
-        logits = self.backbone.output_layer(hidden[-1], cond_BC)
-        hidden = tuple(hidden) if output_hidden_states else None
-        if return_dict:
-            return MaskedLMOutput(logits=logits, hidden_states=hidden)
-        return logits if hidden is None else (logits, hidden)
+            labels, length = self._clean(labels), labels.shape[1]
+        else:
+            cache = past_key_values if past_key_values is not None else (self._cache if sample_mode else None)
+            is_pair = cache is None and self._is_pair(given.shape[1], sample_mode)
+            length = given.shape[1] // 2 if is_pair else given.shape[1]
+        if attention_mask is not None and attention_mask.shape[1:] == (2 * length,):
+            attention_mask = attention_mask[:, :length]  # the halves of [noisy ; clean] are padded alike
+        rows = Alignment(attention_mask, len(given), length)
+        if labels is not None:
+            if mask_rate is not None and mask_rate.dim() == 2 and mask_rate.shape[1] == length:
+                mask_rate = rows.start(mask_rate)
+            loss, logits, hidden = self._labelled(
+                rows.start(given), rows.start(labels), timesteps, rows.is_real_BL, mask_rate, generator
+            )
+        else:
+            loss = None
+            if self._stands_for_causal_lm and sample_mode is None and past_key_values is None and not store_kv:
+                self._refuse_next_token_scoring(input_ids)
+            hidden, cond_BC = self.encode(rows.start(given), timesteps, rows.is_real_BL, is_pair, cache, bool(store_kv))
+            hidden = [h[:, :length] for h in hidden]
+            logits = self.backbone.output_layer(hidden[-1], cond_BC)
+        logits = rows.back(logits)
+        hidden = tuple(rows.back(h) for h in hidden) if output_hidden_states else None
+        if getattr(self.config, "return_dict", True) if return_dict is None else return_dict:
+            return MaskedLMOutput(loss=loss, logits=logits, hidden_states=hidden)
+        values = tuple(value for value in (loss, logits, hidden) if value is not None)
+        return values if len(values) > 1 else logits
+
+    def _given(self, input_ids, inputs_embeds):
+        """Ids or embeddings, whichever was given; ids on a GPU are not looked at, which would wait for it."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("forward: give input_ids or inputs_embeds, one of them")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        return checked_ids(input_ids, self.config.vocab_size) if self._may_look(input_ids) else input_ids
+
+    def _clean(self, labels):
+        if not self._may_look(labels):
+            return labels
+        return checked_ids(labels, self.config.vocab_size, "labels", self.config.mask_token_id, labels != -100)
+
+    @staticmethod
+    def _may_look(ids):
+        return ids.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def _refuse_next_token_scoring(self, input_ids):
+        if (
+            self.config.objective != "ar"
+            and input_ids is not None
+            and not (input_ids == self.config.mask_token_id).any()
+        ):
+            raise ValueError(
+                f"a {self.config.objective} model's logits at a token do not predict the next one, and text without "
+                "masks has nothing to predict: use model.score(ids) for likelihoods (labels=ids for a loss), "
+                "model.generate(...) for text, or AutoModelForMaskedLM for the denoiser's logits"
+            )
+
+
+class BD3LMForCausalLM(BD3LM):
+    """What AutoModelForCausalLM gives, so that pipeline("text-generation") works: BD3LM that refuses bare text.
+
+    A program that expects next-token predictions would read its logits as such, without an error.
+    """
+
+    _auto_class = "AutoModelForCausalLM"
+    _stands_for_causal_lm = True

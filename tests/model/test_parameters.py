@@ -1,0 +1,57 @@
+"""The table of parameters is the network's: a model that differs from it does not start."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bd3lm_scale.model import denoiser
+from bd3lm_scale.model.parameters import Architecture, Parameter, parameters
+from bd3lm_scale.parallel.mesh import shutdown
+from bd3lm_scale.parallel.shards import description_of, shard
+from tests.model.test_fast_decoder import build
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_groups():
+    yield
+    shutdown()
+
+
+def changed(table: tuple[Parameter, ...]) -> list[Parameter]:
+    """One parameter less, one more, one of another shape."""
+    kept = [p for p in table if p.name != "decoder.layers.1.mlp.linear_fc2.bias"]
+    wider = [replace(p, shape=(65,)) if p.name == "head.norm.weight" else p for p in kept]
+    return [*wider, Parameter("decoder.layers.0.gate.weight", (4, 4), "blocks.0.gate.weight", layer=0)]
+
+
+def test_a_network_that_differs_from_the_table_is_refused_with_the_names(monkeypatch):
+    build()
+    monkeypatch.setattr(denoiser, "parameters", lambda arch: changed(parameters(arch)))
+    with pytest.raises(ValueError, match="differ; correct one of them") as error:
+        build()
+    for line in (
+        "decoder.layers.0.gate.weight is in the table, not in the model",
+        "decoder.layers.1.mlp.linear_fc2.bias is in the model, not in the table",
+        "head.norm.weight is (64,) in the model, (65,) in the table",
+    ):
+        assert line in str(error.value)
+
+
+def test_every_parameter_knows_its_description():
+    model = build()
+    table = {p.name: p for p in parameters(model.config.architecture)}
+    found = dict(denoiser.named_parameters([model]))
+    assert found.keys() == table.keys()
+    assert all(description_of(found[name]) is table[name] for name in table)
+
+
+def test_shards_of_a_gate_hold_gate_and_value_of_the_same_units():
+    arch = Architecture(1, 8, 2, 4, 4, 10, mlp="swiglu", ffn_hidden_size=12)
+    fc1 = next(p for p in parameters(arch) if p.name.endswith("linear_fc1.weight"))
+    assert fc1.shape == (24, 8)
+    rows = torch.arange(24.0)[:, None].expand(24, 8)
+    assert [shard(rows, fc1, rank, 2)[:, 0].tolist() for rank in (0, 1)] == [
+        [0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16, 17],
+        [6, 7, 8, 9, 10, 11, 18, 19, 20, 21, 22, 23],
+    ]
