@@ -5,13 +5,16 @@ a rank attends the groups it belongs to, and groups of the same ranks are one. G
 talk to each other; what the host exchanges runs along trees and rings, so a rank's sockets grow with log W.
 """
 
+import hashlib
 import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 _LAZY_GLOO = "TORCH_GLOO_LAZY_INIT"
 _OWN_DESCRIPTORS = 256  # libraries, log, shards, checkpoint files being written
@@ -19,8 +22,7 @@ _OWN_DESCRIPTORS = 256  # libraries, log, shards, checkpoint files being written
 
 _made: dict[tuple[int, ...], Any] = {}
 _made_under: Any = None
-"""Groups by their ranks, and the world they belong to. A group made by its members is named after its ranks, so another
-one of the same ranks would read the first one's addresses in the store: within a world each is made once and kept."""
+"""Groups by their ranks, and the world they belong to: within it each is made once and kept."""
 
 
 @contextmanager
@@ -34,22 +36,27 @@ def few_groups() -> Iterator[None]:
     original = parallel_state.create_group
 
     def create_group(ranks: Any = None, timeout: Any = None, **options: Any) -> Any:
-        members = tuple(range(dist.get_world_size())) if ranks is None else tuple(ranks)
+        members = tuple(range(dist.get_world_size())) if ranks is None else tuple(sorted(ranks))
         if dist.get_rank() not in members:
             return dist.GroupMember.NON_GROUP_MEMBER
         if members not in _made:
             _made[members] = original(list(members), timeout, **{**options, "use_local_synchronization": True})
         return _made[members]
 
+    def name(ranks: list[int]) -> str:
+        # torch puts the number of this rank's groups into the name, which differs between members where some belong to
+        # one more (first and last stage share the embedding's), and they wait for each other under different names
+        return hashlib.sha1(f"ranks {ranks}".encode(), usedforsecurity=False).hexdigest()
+
     global _made_under
     if _made_under is not dist.group.WORLD:
         _made.clear()
         _made_under = dist.group.WORLD
-    parallel_state.create_group = create_group
-    try:
+    with (
+        mock.patch.object(parallel_state, "create_group", create_group),
+        mock.patch.object(distributed_c10d, "_hash_ranks_to_str", name),
+    ):
         yield
-    finally:
-        parallel_state.create_group = original
 
 
 def connect_when_needed() -> None:

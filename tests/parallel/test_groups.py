@@ -49,6 +49,12 @@ def rank(rank, world, port, results):
     dist.all_reduce(total, group=megatron.core.parallel_state.get_data_parallel_group(with_context_parallel=True))
     assert int(total) == again.data_size == world
     megatron.core.parallel_state.destroy_model_parallel()
+    if world >= 4:  # stages in the middle are in no embedding group, and must find the others all the same
+        deep = init_mesh(ParallelConfig(pipeline_parallel_size=4), "cpu")
+        everyone = torch.ones(1)
+        dist.all_reduce(everyone, group=megatron.core.parallel_state.get_pipeline_model_parallel_group())
+        assert int(everyone) == 4
+        megatron.core.parallel_state.destroy_model_parallel()
     init_mesh(layout, "cpu")
     dist.all_reduce(total, group=megatron.core.parallel_state.get_tensor_model_parallel_group())
     assert int(total) == 2 * world
