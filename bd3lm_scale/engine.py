@@ -5,24 +5,26 @@
 Shapes: B rows, L tokens in a row, R scored rows.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import bd3lm_scale.parallel.quiet_megatron  # noqa: F401  before anything that imports Megatron
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.diffusion.loss import score_rows
-from bd3lm_scale.diffusion.noising import Process, make_process
+from bd3lm_scale.diffusion.process import Process, make_process
 from bd3lm_scale.diffusion.visibility import training_visibility
 from bd3lm_scale.model.denoiser import ChunkList, Denoiser, build_chunks, named_parameters, pipeline_sequence_length
 from bd3lm_scale.model.transformer_config import DenoiserConfig, make_transformer_config
 from bd3lm_scale.optim.zero import ZeroOptimizer
-from bd3lm_scale.parallel import pipeline
 from bd3lm_scale.parallel.mesh import Mesh
+from bd3lm_scale.parallel.pipeline import schedule_of_layout
+from bd3lm_scale.parallel.sums import sum_on_host
 from bd3lm_scale.values import HeadRows, LossSum, NoisyRows
 
 _ROW_MULTIPLE = 128
@@ -40,6 +42,9 @@ class Engine:
         optimizer: DeepSpeed's engine; None when only evaluating.
         mesh: this rank's place.
         host_group: gloo group for small agreements; None when alone.
+        schedule: Megatron's function that runs micro-batches through the stages of this layout.
+        sequence_length: rows of what travels between stages.
+        reports_loss: one rank per data-parallel index holds the loss of its rows, and counts them once.
     """
 
     process: Process
@@ -48,11 +53,9 @@ class Engine:
     optimizer: ZeroOptimizer | None
     mesh: Mesh
     host_group: dist.ProcessGroup | None
-
-    @property
-    def reports_loss(self) -> bool:
-        """One rank per data-parallel index: holds the loss of its rows and counts them once."""
-        return self.mesh.is_last_stage and self.mesh.tensor_rank == 0
+    schedule: Callable[..., list[LossSum]]
+    sequence_length: int
+    reports_loss: bool
 
 
 def build_engine(
@@ -81,7 +84,17 @@ def build_engine(
             config.model.tie_embeddings,
         )
     process = make_process(config.diffusion, config.data.context_length, vocab_size, mask_token_id)
-    return Engine(process, transformer, chunks, optimizer, mesh, host_group)
+    return Engine(
+        process,
+        transformer,
+        chunks,
+        optimizer,
+        mesh,
+        host_group,
+        schedule=schedule_of_layout(),
+        sequence_length=pipeline_sequence_length(transformer),
+        reports_loss=mesh.is_last_stage and mesh.tensor_rank == 0,
+    )
 
 
 def compile_layers(chunks: list[Denoiser], backend: str = "inductor") -> None:
@@ -97,61 +110,16 @@ def compile_layers(chunks: list[Denoiser], backend: str = "inductor") -> None:
             layer.compile(dynamic=False, backend=backend)
 
 
-def run_pass(
-    engine: Engine,
-    batches: Sequence[NoisyRows],
-    *,
-    loss_scale: float = 0.0,
-    dropout_keys: Sequence[int] | None = None,
-) -> list[LossSum]:
-    """All micro-batches through the model; backward too where loss_scale is not 0.
-
-    Args:
-        engine: the parts.
-        batches: this data-parallel rank's micro-batches, equal on all its tensor and pipeline peers.
-        loss_scale: factor on the summed weighted nll of the backward pass (before the schedule's division by the
-            number of micro-batches and DeepSpeed's by the data-parallel size); 0 evaluates.
-        dropout_keys: one per micro-batch; None: no dropout.
-
-    Returns:
-        The detached sums of each micro-batch on the last stage, an empty list elsewhere.
-    """
-    keys = [None] * len(batches) if dropout_keys is None else dropout_keys
-    prepared = [prepare_batch(noisy, key, engine.mesh.device) for noisy, key in zip(batches, keys, strict=True)]
-
-    def forward_step(batch: Batch, chunk: nn.Module) -> tuple[Tensor, pipeline.LossFunction]:
-        inputs = (batch.noisy.input_BP, batch.noisy.sigma_B, batch.dropout_key, batch.index_R, batch.target_R)
-        out = (
-            chunk(*inputs)
-            if engine.optimizer is None
-            else engine.optimizer(engine.chunks.index(cast(Denoiser, chunk)), *inputs)
-        )
-
-        def loss_function(out: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            head = HeadRows(out[0], out[1], batch.index_R, batch.is_real_R)
-            sums = score_rows(head, batch.noisy, engine.process)
-            # The schedule divides the returned loss in place, so the report holds a copy.
-            report = replace(sums, weighted_nll=sums.weighted_nll.detach().clone())
-            return (sums.weighted_nll * loss_scale).float(), {"sums": report}
-
-        return out, loss_function
-
-    evaluates = loss_scale == 0.0
-    with torch.set_grad_enabled(not evaluates):
-        reports = pipeline.run_schedule(
-            engine.chunks,
-            forward_step,
-            prepared,
-            micro_batch_size=prepared[0].noisy.input_BP.shape[0],
-            sequence_length=pipeline_sequence_length(engine.transformer),
-            forward_only=evaluates,
-        )
-    return [report["sums"] for report in reports]
-
-
 @dataclass(frozen=True)
-class Batch:
-    """A micro-batch on the device, with the rows the head is evaluated at (R is padded; is_real_R says where)."""
+class MicroBatch:
+    """A micro-batch with the rows that the head is evaluated at.
+
+    Attributes:
+        noisy: of these the model reads input_BP and sigma_B, the loss weight_BL; only they travel to the device.
+        index_R, target_R: flat index b * L + l of the scored rows, padded with zeros, and their target ids.
+        is_real_R: False for the padding.
+        dropout_key: int64 scalar on the CPU; None: no dropout.
+    """
 
     noisy: NoisyRows
     index_R: Tensor
@@ -159,30 +127,87 @@ class Batch:
     is_real_R: Tensor
     dropout_key: Tensor | None
 
+    def on(self, device: torch.device) -> "MicroBatch":
+        """The same with what a forward pass needs on the device."""
+        read = {name: _move(getattr(self.noisy, name), device) for name in ("input_BP", "sigma_B", "weight_BL")}
+        rows = {name: _move(getattr(self, name), device) for name in ("index_R", "target_R", "is_real_R")}
+        return replace(self, noisy=replace(self.noisy, **read), **rows)
 
-def prepare_batch(noisy: NoisyRows, dropout_key: int | None, device: torch.device) -> Batch:
-    """Move a micro-batch to the device; R is padded to a multiple, at least one, so that the head always runs."""
+
+def prepare_batch(noisy: NoisyRows, dropout_key: int | None = None) -> MicroBatch:
+    """Find the scored rows; R is padded to a multiple, at least one, so that the head always runs."""
     index_R = torch.nonzero(noisy.is_scored_BL.flatten()).flatten()
     padded = max(1, -(-len(index_R) // _ROW_MULTIPLE)) * _ROW_MULTIPLE
     is_real_R = torch.arange(padded) < len(index_R)
     index_R = torch.nn.functional.pad(index_R, (0, padded - len(index_R)))
     target_R = noisy.target_BL.flatten()[index_R]
-    moved = {f.name: getattr(noisy, f.name).to(device, non_blocking=True) for f in fields(noisy)}
-    return Batch(
-        NoisyRows(**moved),
-        index_R.to(device),
-        target_R.to(device),
-        is_real_R.to(device),
-        None if dropout_key is None else torch.tensor(dropout_key, dtype=torch.int64),
-    )
+    key = None if dropout_key is None else torch.tensor(dropout_key, dtype=torch.int64)
+    return MicroBatch(noisy, index_R, target_R, is_real_R, key)
+
+
+def run_pass(
+    engine: Engine,
+    batches: Sequence[NoisyRows],
+    *,
+    loss_scale: float = 0.0,
+    dropout_keys: Sequence[int] | None = None,
+) -> list[LossSum]:
+    """All micro-batches through the model; backward too where loss_scale is not 0. See `run_schedule`."""
+    keys = [None] * len(batches) if dropout_keys is None else dropout_keys
+    prepared = [prepare_batch(noisy, key) for noisy, key in zip(batches, keys, strict=True)]
+    return run_schedule(engine, prepared, loss_scale)
+
+
+def run_schedule(engine: Engine, batches: Sequence[MicroBatch], loss_scale: float = 0.0) -> list[LossSum]:
+    """Run Megatron's schedule for this layout: the plain loop at one stage, 1F1B and interleaved 1F1B beyond.
+
+    Args:
+        engine: the parts.
+        batches: this data-parallel rank's micro-batches, equal on all its tensor and pipeline peers.
+        loss_scale: factor on the summed weighted nll of the backward pass (before the schedule's division by the
+            number of micro-batches and DeepSpeed's by the data-parallel size); 0 evaluates.
+
+    Returns:
+        The detached sums of each micro-batch on the last stage, an empty list elsewhere.
+    """
+    on_device = [batch.on(engine.mesh.device) for batch in batches]
+    evaluates = loss_scale == 0.0
+    with torch.set_grad_enabled(not evaluates):
+        return engine.schedule(
+            forward_step_func=partial(forward_step, engine, loss_scale),
+            data_iterator=[iter(on_device) for _ in engine.chunks],  # every chunk walks through all micro-batches
+            model=engine.chunks,
+            num_microbatches=len(batches),
+            seq_length=engine.sequence_length,
+            micro_batch_size=batches[0].noisy.input_BP.shape[0],
+            forward_only=evaluates,
+        )
+
+
+def forward_step(
+    engine: Engine, loss_scale: float, batches: Iterator[MicroBatch], chunk: Denoiser
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, LossSum]]]:
+    """The schedule's callback: the next micro-batch through one chunk, and what turns its output into a loss.
+
+    The chunk is called through DeepSpeed when training (ZeRO-2 and 3 rely on its hooks). The schedule calls the
+    loss function on the last stage only, and sends the output on from the others.
+    """
+    batch = next(batches)
+    inputs = (batch.noisy.input_BP, batch.noisy.sigma_B, batch.dropout_key, batch.index_R, batch.target_R)
+    out = chunk(*inputs) if engine.optimizer is None else engine.optimizer(chunk.number, *inputs)
+    return out, partial(scale_loss, engine.process, batch, loss_scale)
+
+
+def scale_loss(process: Process, batch: MicroBatch, loss_scale: float, out: Tensor) -> tuple[Tensor, LossSum]:
+    """(what the schedule differentiates, what it reports) from the head's (2, R) logits and log-sum-exps."""
+    sums = score_rows(HeadRows(out[0], out[1], batch.index_R, batch.is_real_R), batch.noisy, process)
+    return (sums.weighted_nll * loss_scale).float(), replace(sums, weighted_nll=sums.weighted_nll.detach())
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def sum_over_ranks(engine: Engine, floats: Sequence[float], integers: Sequence[int]) -> tuple[list[float], list[int]]:
-    """Add figures over all ranks on the host: floats in float64, integers modulo 2^64 (returned in [0, 2^64))."""
-    float_sums = torch.tensor(floats, dtype=torch.float64)
-    signed = [(i + 2**63) % 2**64 - 2**63 for i in integers]
-    integer_sums = torch.tensor(signed, dtype=torch.int64)
-    if engine.host_group is not None:
-        dist.all_reduce(float_sums, group=engine.host_group)
-        dist.all_reduce(integer_sums, group=engine.host_group)
-    return float_sums.tolist(), [i % 2**64 for i in integer_sums.tolist()]
+    """Add figures over all ranks on the host, which waits: floats in float64, integers modulo 2^64."""
+    return sum_on_host(floats, integers, engine.host_group)

@@ -13,7 +13,7 @@ import torch
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.data.stream import RowStream
-from bd3lm_scale.diffusion.clip_search import TimeMoments
+from bd3lm_scale.diffusion.clip_search import CountMoments
 from bd3lm_scale.diffusion.likelihood import Likelihood, LikelihoodSums
 from bd3lm_scale.diffusion.loss import row_losses
 from bd3lm_scale.diffusion.noising import noise_rows_for_evaluation
@@ -27,11 +27,11 @@ class Validation:
 
     Attributes:
         likelihood: NELBO, PPL, bits per token, standard errors.
-        moments: moments of the block loss in bins of time, over all ranks, for the clip search.
+        moments: moments of the block losses by number of masked tokens, over all ranks, for the clip search.
     """
 
     likelihood: Likelihood
-    moments: TimeMoments
+    moments: CountMoments
 
 
 def validate(
@@ -62,7 +62,7 @@ def validate(
     num_rows = stream.num_rows if rows is None else min(rows, stream.num_rows)
     if num_rows == 0:
         raise ValueError("evaluation.rows (0): there is no validation row to score; prepare a validation split")
-    sums, moments = LikelihoodSums.empty(), TimeMoments(config.diffusion.time_epsilon)
+    sums, moments = LikelihoodSums.empty(), CountMoments(engine.process.block_size)
     plan = BatchPlan(
         num_rows,
         micro_batch_size or config.evaluation.micro_batch_size or config.train.micro_batch_size,
@@ -78,7 +78,7 @@ def validate(
                 sums = sums + _likelihood_sums(noisy_by_draw, losses_by_draw, engine)
                 for noisy, losses in zip(noisy_by_draw, losses_by_draw, strict=True):
                     for n, loss in zip(noisy, losses, strict=True):
-                        moments.accumulate(n.time_BN, loss.block_loss_BN, n.is_real_B)
+                        moments.accumulate(n, loss)
             beat(min(num_rows, int(group[-1].position_B[-1]) + 1))
     _set_mode(engine, training=True)
     return _reduce(engine, sums, moments)
@@ -105,10 +105,11 @@ def _groups(plan: BatchPlan, stream: RowStream, pipeline_size: int) -> Iterator[
 
 
 def read_rows(position: np.ndarray, num_rows: int, stream: RowStream) -> Rows:
-    """Rows at the given places of a split; places from num_rows on become rows that are not real."""
+    """Rows at the given places of a split; places from num_rows on, and rows of damaged shards
+    that are left out, become rows that are not real."""
     is_real = position < num_rows
-    tokens = stream.read(np.where(is_real, position, 0))
-    return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real))
+    tokens, is_left_out = stream.read_held_out(np.where(is_real, position, 0))
+    return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real & ~is_left_out))
 
 
 def _likelihood_sums(
@@ -122,9 +123,9 @@ def _likelihood_sums(
     return sums
 
 
-def _reduce(engine: Engine, sums: LikelihoodSums, moments: TimeMoments) -> Validation:
+def _reduce(engine: Engine, sums: LikelihoodSums, moments: CountMoments) -> Validation:
     first = sums.as_tensor()
     figures, _ = sum_over_ranks(engine, torch.cat([first, moments.as_tensor().flatten()]).tolist(), [])
     total = torch.tensor(figures, dtype=torch.float64)
-    all_moments = TimeMoments.from_tensor(total[len(first) :].reshape(moments.sums.shape), moments.epsilon)
+    all_moments = CountMoments.from_tensor(total[len(first) :], moments.block_size)
     return Validation(LikelihoodSums(total[: len(first)]).estimate(), all_moments)

@@ -7,11 +7,23 @@ P positions the transformer reads ([noisy ; clean] = 2L, or L), R rows the head 
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CLEAN_VIEW = 0
+
+
+class Interval(NamedTuple):
+    """Diffusion times are drawn uniformly from [low, high]; equal ends give that time everywhere."""
+
+    low: float
+    high: float
+
+    def floored(self, time_epsilon: float) -> "Interval":
+        """The same without the times below `time_epsilon`, which are never drawn."""
+        return Interval(max(self.low, time_epsilon), self.high)
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,8 @@ class NoisyRows:
         weight_BL: float32 positive loss weight, 0 where not scored and in padding rows.
         counts_BL: bool, tokens that count in the evaluation denominator.
         time_BN: float64 diffusion time of each block (AR: zeros of shape (B, 1)).
+        masked_count_BN: int64 tokens of each block that the noise masked, the row's first one included even where it
+            is shown clean.
         sigma_B: float32 noise level the network is conditioned on (zeros without time conditioning).
         position_B: int64 place of each row in the global batch.
         is_real_B: bool, False for padding rows.
@@ -66,6 +80,7 @@ class NoisyRows:
     weight_BL: Tensor
     counts_BL: Tensor
     time_BN: Tensor
+    masked_count_BN: Tensor
     sigma_B: Tensor
     position_B: Tensor
     is_real_B: Tensor

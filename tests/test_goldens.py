@@ -27,7 +27,7 @@ from bd3lm_scale.model.fast_decoder import FastDecoder, FastWeights
 from bd3lm_scale.model.inference import CachedDecoder
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.training.step import train_step_on
+from bd3lm_scale.training.step import given_step, train_step
 from bd3lm_scale.values import HeadRows
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -140,8 +140,9 @@ def test_training_trajectory_equals_the_published_one(tmp_path):
         clean, shown = torch.from_numpy(golden["x0"][step]), torch.from_numpy(golden["xt"][step])
         time_BN = torch.from_numpy(golden["t"][step])[:, ::BLOCK].double()
         noisy = given_noise(clean, shown, time_BN, engine.process, training=True)
-        report, verdict = train_step_on(engine, config, step, [noisy], (0.0, 1.0), policy)
-        assert verdict == "ok"
+        outcome = train_step(engine, config, step, given_step(config, step, [noisy]), policy)
+        report = outcome.report
+        assert outcome.verdict == "ok"
         assert report.loss == pytest.approx(float(golden["loss"][step]), rel=1e-4)
         assert report.grad_norm == pytest.approx(float(golden["grad_norm"][step]), rel=1e-4)
     store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(asynchronous=False))

@@ -23,7 +23,7 @@ from bd3lm_scale.model.head import linear_fp32
 from bd3lm_scale.model.inference import CachedDecoder
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.training.step import train_step
+from bd3lm_scale.training.step import noise_step, train_step
 from bd3lm_scale.values import Rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -119,7 +119,8 @@ def train(*overrides: str, device: str, save_at: int | None = None, store=None) 
             seeds = [np.random.default_rng([step, int(p)]) for p in position]
             tokens = np.stack([rng.integers(0, VOCAB - 1, config.data.context_length) for rng in seeds])
             rows.append(Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.ones(len(position)).bool()))
-        reports.append(train_step(engine, config, step, rows, (0.0, 1.0), AnomalyPolicy(config.runtime))[0])
+        noised = noise_step(engine, config, step, rows, (0.0, 1.0))
+        reports.append(train_step(engine, config, step, noised, AnomalyPolicy(config.runtime)).report)
         if step + 1 == save_at:
             keeper.save(save_at, engine.optimizer.slices(), {"optimizer_step": engine.optimizer.updates})
             keeper.wait()

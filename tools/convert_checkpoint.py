@@ -74,6 +74,7 @@ def to_hf(args: argparse.Namespace) -> int:
             max_shard_size=args.max_shard_size,
             tokenizer=tokenizer,
             figures=figures,
+            sampler=args.sampler,
         )
         if not args.no_check:
             _check_logits(checkpoint, lambda check: check.load_exported(folder), report.weights, args.dtype)
@@ -282,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
     sub.add_argument("--step", type=int, help="this step's checkpoint of a run; default: the newest")
     sub.add_argument("--tokenizer", metavar="PATH", help="default: the run's")
+    sub.add_argument("--sampler", metavar="NAME", help="what generate uses by default; default: the run's")
     sub.add_argument("--push", metavar="OWNER/NAME", help="upload with huggingface_hub as a private repository")
     sub.add_argument("--public", action="store_true", help="with --push: make it public")
     for name, run, source in (("from-hf", from_hf, "FOLDER"), ("from-lightning", from_lightning, "FILE.ckpt")):

@@ -11,16 +11,18 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
 from bd3lm_scale.data.demo_corpus import demo_documents
 from bd3lm_scale.data.detokenize import DETOKENIZERS
-from bd3lm_scale.data.documents import FORMATS, Options, find_inputs
+from bd3lm_scale.data.documents import FORMATS, Options
 from bd3lm_scale.data.estimate import estimate
+from bd3lm_scale.data.inputs import find_inputs, refuse_twice
 from bd3lm_scale.data.packing import SPLITS
-from bd3lm_scale.data.prepare import PROGRESS, prepare
+from bd3lm_scale.data.prepare import BAD_RECORDS, PROGRESS, prepare
 from bd3lm_scale.data.shards import Manifest, write_file
 from bd3lm_scale.data.tokenizing import Preparation, Unit, file_size
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
@@ -70,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--validation-documents", type=int, default=0, metavar="N", help="hold out the last N documents")
     add("--validation-fraction", type=float, metavar="F", help="hold out this share of the documents, chosen by hash")
     add("--validation-only", action="store_true", help="everything goes to validation: an evaluation set")
+    add(
+        "--on-bad-record",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at what is no document: stop, or leave it out and list it in OUTPUT/bad_records.jsonl (default: stop)",
+    )
     add("--no-eos", action="store_true", help="put no EOS after documents")
     add("--shard-tokens", type=int, default=1 << 25, help="tokens per shard (default: %(default)s)")
     add("--chunk-tokens", type=int, default=1 << 16, help="tokens per member of a shard (default: %(default)s)")
@@ -93,17 +101,22 @@ def _task(args) -> Preparation:
     if not 0 <= fraction < 1:
         raise ValueError(f"--validation-fraction {fraction}: must be at least 0 and below 1")
     options = Options(args.field, args.document, args.keep_newlines, args.format)
-    inputs = tuple(find_inputs(args.inputs, options))
+    ignored: Counter[str] = Counter()
+    inputs = tuple(find_inputs(args.inputs, options, ignored))
+    held_out = tuple(find_inputs(args.validation_input, options, ignored))
+    refuse_twice([*inputs, *held_out])
     return Preparation(
         inputs=() if args.validation_only else inputs,
-        validation_inputs=inputs if args.validation_only else tuple(find_inputs(args.validation_input, options)),
+        validation_inputs=inputs if args.validation_only else held_out,
         validation_documents=args.validation_documents,
         validation_fraction=fraction,
         options=options,
         detokenizer=args.detokenizer,
         insert_eos=not args.no_eos,
+        on_bad_record=args.on_bad_record,
         shard_tokens=args.shard_tokens,
         chunk_tokens=args.chunk_tokens,
+        ignored=tuple(sorted(ignored.items())),
     )
 
 
@@ -118,7 +131,7 @@ def _demo_task(args) -> Preparation:
         lines = [json.dumps({"text": text, "name": name}) for name, text in demo_documents()]
         write_file(corpus, "\n".join(lines) + "\n")
     if not model.exists():
-        texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+        texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").strip().split("\n")]
         train_sentencepiece(texts[::3], folder, vocab_size=DEMO_VOCAB_SIZE)
     args.tokenizer = str(model)
     return Preparation(inputs=(str(corpus),), validation_fraction=0.05, shard_tokens=1 << 18, chunk_tokens=1 << 14)
@@ -141,7 +154,8 @@ def _prepare_with_progress(task: Preparation, args) -> dict[str, Manifest]:
         # the demo's folder is ours: shards of an older version are made anew
         for name in (*SPLITS, "tokenizer"):
             shutil.rmtree(Path(args.output) / name, ignore_errors=True)
-        (Path(args.output) / PROGRESS).unlink(missing_ok=True)
+        for name in (PROGRESS, BAD_RECORDS):
+            (Path(args.output) / name).unlink(missing_ok=True)
         return prepare(task, args.tokenizer, Path(args.output), args.workers, report)
 
 
@@ -152,7 +166,17 @@ def _print_counts(manifests: dict[str, Manifest], seconds: float) -> None:
             f"{manifest.num_tokens:,} tokens ({manifest.num_text_bytes / max(1, manifest.num_tokens):.2f} bytes each), "
             f"{len(manifest.shards)} shards"
         )
+    _print_reading(next(iter(manifests.values())).preparation["read"])
     print(f"{seconds:.1f} s")
+
+
+def _print_reading(read: dict) -> None:
+    """What was read and what was not, by kind."""
+    files = ", ".join(f"{count:,} {kind}" for kind, count in read["files"].items())
+    print(f"read: {files}: {read['documents']:,} documents, {read['empty_documents']:,} of them empty")
+    for name, what in (("ignored", "ignored"), ("bad_records", f"bad records left out, listed in {BAD_RECORDS}")):
+        if read[name]:
+            print(f"{what}: {', '.join(f'{count:,} {kind}' for kind, count in read[name].items())}")
 
 
 def _print_estimate(task: Preparation, args) -> None:

@@ -28,7 +28,7 @@ class UnknownVersionError(CheckpointError):
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """A checkpoint's contents, checked.
 
     Attributes:
@@ -69,7 +69,7 @@ def write_text(meta: dict[str, Any], files: Iterable[DataFile]) -> str:
     return json.dumps(content, separators=(",", ":"))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """Parse and check a folder's manifest.
 
     Raises:
@@ -110,7 +110,7 @@ def _migrate(content: dict[str, Any], path: Path) -> dict[str, Any]:
     return content
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
+def _parse(content: dict[str, Any]) -> CheckpointManifest:
     shapes = {str(name): tuple(int(n) for n in shape) for name, shape in content["shapes"].items()}
     files = []
     for name, record in content["files"].items():
@@ -129,7 +129,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
     check_coverage(shapes, files)
     if not isinstance(content["meta"], dict):
         raise CheckpointError("meta is not an object")
-    return Manifest(content["meta"], shapes, tuple(files))
+    return CheckpointManifest(content["meta"], shapes, tuple(files))
 
 
 def check_coverage(shapes: dict[str, tuple[int, ...]], files: Iterable[DataFile]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from bd3lm_scale.checkpoint.boxes import Box, BoxIndex, boxes_of
 from bd3lm_scale.checkpoint.files import ITEM_BYTES, StoredBox, file_problem
 from bd3lm_scale.checkpoint.folders import list_steps
-from bd3lm_scale.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from bd3lm_scale.checkpoint.manifest import MANIFEST, CheckpointManifest, read_manifest
 from bd3lm_scale.errors import CheckpointError
 from bd3lm_scale.values import StateSlice
 
@@ -81,7 +81,7 @@ class CheckpointReader:
         meta: the run's record: step, tokens, optimizer_step, cursor, clip, config, layout, contents, versions, ...
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: CheckpointManifest) -> None:
         self.path = path
         self.manifest = manifest
         self.meta = manifest.meta

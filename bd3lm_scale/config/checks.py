@@ -56,7 +56,9 @@ def _nearest(wanted: int, legal: list[int]) -> int:
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    """In rising order; a number of ten digits takes a millisecond."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _data(config: RunConfig) -> list[str]:
@@ -90,10 +92,37 @@ def _diffusion(config: RunConfig) -> list[str]:
         found.append("diffusion.time_conditioning (false): score entropy needs the noise level; use null or true")
     if objective == "ar" and diffusion.time_conditioning:
         found.append("diffusion.time_conditioning (true): ar has no noise level; use null or false")
-    if diffusion.resample and objective != "bd3lm":
-        found.append(f"diffusion.resample (true): redraws blocks, and {objective} has none; use false")
+    found += _mask_counts(config)
     if diffusion.mdlm_loss_scale and objective not in ("mdlm", "sedd"):
         found.append(f"diffusion.mdlm_loss_scale (true): not a parameterization of {objective}; use false")
+    return found
+
+
+def _mask_counts(config: RunConfig) -> list[str]:
+    """What decides how many tokens of a block are masked: stratified counts, or the binomial with `resample`."""
+    diffusion, size, found = config.diffusion, config.block_size, []
+    name = f"diffusion.mask_counts ({diffusion.mask_counts})"
+    if diffusion.mask_counts == "stratified":
+        is_told = diffusion.time_conditioning or (diffusion.objective == "sedd" and diffusion.time_conditioning is None)
+        if diffusion.objective == "ar":
+            found.append(f"{name}: ar masks nothing; use binomial")
+        elif is_told:
+            found.append(f"{name}: a network that is told the time needs masks drawn at that time; use binomial")
+        if diffusion.resample:
+            found.append(f"{name}: leaves diffusion.resample nothing to redraw; use diffusion.resample=false")
+        return found
+    if not diffusion.resample:
+        return found
+    if diffusion.objective == "ar":
+        return ["diffusion.resample (true): redraws masks, and ar has none; use false"]
+    low, high = diffusion.clip_low, diffusion.clip_high
+    least = low if low > diffusion.time_epsilon else 0.0
+    # under other schedules the shares lie between the mask rates at these times; the first step checks those
+    if diffusion.schedule == "loglinear" and not any(least <= k / size <= high for k in range(1, size + 1)):
+        found.append(
+            f"diffusion.resample (true): no number of masked tokens above 0 in a block of {size} gives a share in "
+            f"[{low}, {high}]; use resample=false or another clip interval"
+        )
     return found
 
 
@@ -262,18 +291,30 @@ def _world(config: RunConfig, world_size: int) -> list[str]:
     count = num_micro_batches(config, replicas)
     if chunks == 1 or stages == 1 or count % stages == 0:
         return []
-    legal = [
-        mb for mb in range(1, config.train.global_batch_size + 1)
-        if math.ceil(config.train.global_batch_size / (replicas * mb)) % stages == 0
-    ]  # fmt: skip
     wanted = config.train.micro_batch_size
-    remedy = f"use train.micro_batch_size={_nearest(wanted, legal)}, or " if legal else "use "
+    micro_batch_size = _nearest_micro_batch_size(config.train.global_batch_size, replicas, stages, wanted)
+    remedy = f"use train.micro_batch_size={micro_batch_size}, or " if micro_batch_size else "use "
     rows = _nearest_multiple(count, stages).split(" or ")
     sizes = " or ".join(str(int(m) * replicas * wanted) for m in rows)
     return [
         f"parallel.virtual_pipeline_parallel_size ({chunks}): the interleaved schedule needs micro-batches in "
         f"multiples of {stages} stages, and there are {count}; {remedy}train.global_batch_size={sizes}"
     ]
+
+
+def _nearest_micro_batch_size(rows: int, replicas: int, stages: int, wanted: int) -> int | None:
+    """The size closest to the wanted one under which a replica's micro-batches come in a multiple of the stages."""
+    per_replica = math.ceil(rows / replicas)
+    # ceil(per_replica / size) = count for sizes from ceil(per_replica / count) to where one micro-batch fewer is enough
+    root = math.isqrt(per_replica) + 1
+    counts = {*range(1, root + 1), *(math.ceil(per_replica / size) for size in range(1, root + 1))}
+    legal = []
+    for count in counts:
+        low = math.ceil(per_replica / count)
+        high = math.ceil(per_replica / (count - 1)) - 1 if count > 1 else rows
+        if count % stages == 0 and low <= high:
+            legal.append(min(max(wanted, low), high))
+    return _nearest(wanted, sorted(legal)) if legal else None
 
 
 def _nearest_layout(config: RunConfig, world_size: int) -> tuple[int, int]:

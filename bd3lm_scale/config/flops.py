@@ -7,6 +7,7 @@ needed as keys and values only.
 
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.model.parameters import Architecture, padded_vocab_size, parameters
+from bd3lm_scale.values import Interval
 
 
 def attention_pairs(config: RunConfig) -> int:
@@ -30,7 +31,8 @@ def forward_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
     two_halves = config.diffusion.objective == "bd3lm"
     spared_products = length * (products // arch.num_layers - keys_and_values) if two_halves else 0
     spared_pairs = pairs // 2 if two_halves else 0
-    mean_mask_rate = (max(config.diffusion.clip_low, config.diffusion.time_epsilon) + config.diffusion.clip_high) / 2
+    diffusion = config.diffusion
+    mean_mask_rate = sum(Interval(diffusion.clip_low, diffusion.clip_high).floored(diffusion.time_epsilon)) / 2
     scored = length - 1 if config.diffusion.objective == "ar" else mean_mask_rate * length
     return {
         "linear layers": 2.0 * (config.sequence_length * products - spared_products),

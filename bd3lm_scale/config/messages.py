@@ -92,7 +92,7 @@ def _wrong_kind(name: str, value: Any, rule: FieldRule) -> str:
     elif rule.default is None:
         remedy = "null, or a number such as 1" if rule.is_optional else "for example 0.5"
     else:
-        remedy = f"a number, for example {name}={show(rule.default)}"
+        remedy = f"for example {name}={show(rule.default)}"
     return line(name, value, f"must be {what}", remedy)
 
 

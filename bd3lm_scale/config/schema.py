@@ -50,6 +50,7 @@ NonNegativeWhole = Annotated[Whole, Field(ge=0, le=MOST)]
 PositiveWhole = Annotated[Whole, Field(ge=1, le=MOST)]
 Width = Annotated[Whole, Field(ge=1, le=1_000_000)]
 Ranks = Annotated[Whole, Field(ge=1, le=100_000)]
+Stages = Annotated[Whole, Field(ge=1, le=1_000)]
 Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -135,6 +136,9 @@ class DiffusionConfig:
     """Keep each row's first token clean and leave it out of evaluation (always false for ar)."""
     resample: Flag = False
     """Redraw blocks whose masked share leaves the clip interval (the reference's trick; docs/method.md)."""
+    mask_counts: Literal["binomial", "stratified"] = "binomial"
+    """binomial: each token by itself at the mask rate; stratified: the number of masked tokens first, all equally often
+    over the global batch, then their places (docs/method.md)."""
     mdlm_loss_scale: Flag = False
     """Use the sigma parameterization of the loss weight (SEDD and MDLM baselines of Sahoo et al.)."""
     clip_search: ClipSearchConfig = field(default_factory=ClipSearchConfig)
@@ -162,8 +166,8 @@ class ParallelConfig:
     """How the model is cut over ranks; the data-parallel size is what the world leaves."""
 
     tensor_parallel_size: Ranks = 1
-    pipeline_parallel_size: Ranks = 1
-    virtual_pipeline_parallel_size: Ranks | None = None
+    pipeline_parallel_size: Stages = 1
+    virtual_pipeline_parallel_size: Stages | None = None
     """Model chunks per pipeline stage (interleaved schedule); 1 is the same as null."""
     sequence_parallel: Flag = False
     recompute: Literal["none", "selective", "full"] = "none"

@@ -4,7 +4,7 @@ Shapes: V padded vocabulary, D hidden_size, C cond_dim. Everything here is arith
 activation part of the memory is an estimate (attention kernels keep no scores), the rest is exact.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from bd3lm_scale.config.checks import num_micro_batches
 from bd3lm_scale.config.schema import RunConfig
@@ -46,32 +46,38 @@ def parameters(config: RunConfig, vocab_size: int) -> dict[str, Parameter]:
     return {parameter.name: parameter for parameter in parameter_table(Architecture.of(config, vocab_size), vocab_size)}
 
 
-def parameters_of_stage(config: RunConfig, vocab_size: int, stage: int) -> list[Parameter]:
-    """The parameters that a pipeline stage holds, of a padded vocabulary; a tied embedding at both ends."""
-    layers, last = set(stage_layers(config)[stage]), config.parallel.pipeline_parallel_size - 1
-
-    def is_here(parameter: Parameter) -> bool:
-        if parameter.layer is not None:
-            return parameter.layer in layers
-        if parameter.is_at_head:
-            return stage == last
-        is_tied = config.model.tie_embeddings and parameter.name == "embedding.weight"
-        return stage == 0 or (is_tied and stage == last)
-
-    return [parameter for parameter in parameter_table(Architecture.of(config, vocab_size)) if is_here(parameter)]
-
-
 def count(config: RunConfig, vocab_size: int, with_embeddings: bool = True) -> int:
     """Parameters of the whole model; without embeddings: neither the embedding nor the head's matrix and bias."""
-    named = parameters(config, vocab_size)
+    layer, ends = _layer_and_ends(config, vocab_size, vocab_size)
     vocabulary = ("embedding.", "head.output.")
-    return sum(p.size for name, p in named.items() if with_embeddings or not name.startswith(vocabulary))
+    counted = [p.size for p in ends if with_embeddings or not p.name.startswith(vocabulary)]
+    return config.model.num_layers * sum(p.size for p in layer) + sum(counted)
 
 
 def count_on_rank(config: RunConfig, vocab_size: int, stage: int) -> int:
-    """Parameters one rank of a pipeline stage computes with (its tensor-parallel shard, ZeRO not counted)."""
-    tensor = config.parallel.tensor_parallel_size
-    return sum(p.size // (1 if p.shard_dim is None else tensor) for p in parameters_of_stage(config, vocab_size, stage))
+    """Parameters one rank of a pipeline stage computes with (its tensor-parallel shard, ZeRO not counted).
+
+    A tied embedding is held at both ends.
+    """
+    tensor, stages = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    layer, ends = _layer_and_ends(config, vocab_size)
+
+    def is_here(parameter: Parameter) -> bool:
+        is_tied = config.model.tie_embeddings and parameter.name == "embedding.weight"
+        return (stage == stages - 1 and (parameter.is_at_head or is_tied)) or (stage == 0 and not parameter.is_at_head)
+
+    def on_rank(held: list[Parameter]) -> int:
+        return sum(p.size // (1 if p.shard_dim is None else tensor) for p in held)
+
+    return config.model.num_layers // stages * on_rank(layer) + on_rank([p for p in ends if is_here(p)])
+
+
+def _layer_and_ends(
+    config: RunConfig, vocab_size: int, rows: int | None = None
+) -> tuple[list[Parameter], list[Parameter]]:
+    """The parameters of one layer, which are those of every other, and those outside the layers."""
+    table = parameter_table(replace(Architecture.of(config, vocab_size), num_layers=1), rows)
+    return [p for p in table if p.layer is not None], [p for p in table if p.layer is None]
 
 
 def memory(config: RunConfig, world_size: int, vocab_size: int, stage: int) -> Memory:
@@ -120,8 +126,8 @@ def _activations(config: RunConfig, replicas: int, stage: int, element: int) -> 
 def _cut_widths(config: RunConfig) -> list[int]:
     """Widths of what a layer keeps for its backward pass in pieces, from the matrices that are cut: the outputs of
     those cut by rows, the inputs of the others."""
-    layer = [p for p in parameter_table(Architecture.of(config, 1)) if p.layer == 0 and len(p.shape) == 2]
-    return [p.shape[p.shard_dim] for p in layer if p.shard_dim is not None]
+    layer, _ = _layer_and_ends(config, 1)
+    return [p.shape[p.shard_dim] for p in layer if p.shard_dim is not None and len(p.shape) == 2]
 
 
 def _head(config: RunConfig, vocab_size: int, element: int) -> float:

@@ -51,13 +51,23 @@ class BatchReader:
         cursor: where to begin.
         workers: reader processes; 0 reads in this process.
         prefetch_steps: steps read ahead (at least one per worker).
+        is_text: whether rows are text to be learnt, which never holds the mask.
 
     Attributes:
         wait_seconds: total time `next` has waited for data.
     """
 
-    def __init__(self, stream: RowStream, plan: BatchPlan, cursor: Cursor, workers: int, prefetch_steps: int):
+    def __init__(
+        self,
+        stream: RowStream,
+        plan: BatchPlan,
+        cursor: Cursor,
+        workers: int,
+        prefetch_steps: int,
+        is_text: bool = False,
+    ):
         self.plan = plan
+        self._is_text = is_text
         self.wait_seconds = 0.0
         self._stream = stream
         self._cursor = cursor
@@ -77,8 +87,8 @@ class BatchReader:
         """The next step's micro-batches, m = 0 ... M - 1.
 
         Raises:
-            BadShardError: a shard stays unreadable; the reader still stands at the same step. Add the shard to
-                the cursor's excluded_shards on all ranks and `seek`, or stop.
+            BadShardError: a shard stays unreadable, or holds the mask in its text; the reader still stands at the
+                same step. Add the shard to the cursor's excluded_shards on all ranks and `seek`, or stop.
         """
         started_at = time.perf_counter()
         step = self._cursor.step
@@ -87,6 +97,8 @@ class BatchReader:
         else:
             self._request_until(step + self._pool.depth)
             rows = self._pool.take(step)
+        if self._is_text:
+            self._stream.refuse_mask(rows, self._index(step))
         batch = self._cut(rows)
         self._cursor = dataclasses.replace(self._cursor, step=step + 1)
         if self._pool is not None:  # the rows are copied: their place in memory is free for a later step

@@ -57,6 +57,11 @@ _LM1B: _Rules = [
 ]
 
 
+def _lambada(text: str) -> str:
+    """Straight quotes for curly double ones, and a newline before the text, without space around it."""
+    return "\n" + text.replace("\u201c", '"').replace("\u201d", '"').strip()
+
+
 def _applying(*rules: _Rules) -> Callable[[str], str]:
     compiled = [(re.compile(pattern), replacement) for part in rules for pattern, replacement in part]
 
@@ -72,7 +77,7 @@ DETOKENIZERS: dict[str, Callable[[str], str]] = {
     "wikitext": _applying(_WIKITEXT),
     "ptb": _applying(_PTB),
     "lm1b": _applying(_LM1B),
-    "lambada": lambda text: "\n" + text,
+    "lambada": _lambada,
     "scientific_papers": _applying(_WIKITEXT, _LM1B),
 }
 """Name of the evaluation set to what undoes its tokenization."""

@@ -2,314 +2,224 @@
 
     paths -> input files -> records (raw, cheap to cut) -> texts (decoded where the tokenization runs)
 
-    .txt  .jsonl  (.gz .zst)      .parquet      folders of datasets.save_to_disk      webdataset tars (.txt .json)
+    .txt  .jsonl  (.gz .bz2 .xz .zst)   .parquet .arrow   folders of datasets.save_to_disk   tars of .txt .json members
 
 A record is a whole document, or a piece of one where a text file is too long to hold in memory. Files may be
 remote (URL or pipe: command). Reading gives records in one fixed order.
 """
 
-import gzip
+import codecs
+import functools
 import io
 import itertools
 import json
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+import re
+from collections.abc import Callable, Iterator
 
-from bd3lm_scale.data.storage import BlockFile, is_remote, open_sequential
+from bd3lm_scale.data.archives import tar_records
+from bd3lm_scale.data.compressed import DamagedFileError, decompressed, is_compressed, open_local
+from bd3lm_scale.data.inputs import find_inputs
+from bd3lm_scale.data.records import (
+    BY_NAME,
+    FORMATS,
+    JSON,
+    TABLES,
+    TARS,
+    BadRecordError,
+    Meter,
+    Options,
+    Record,
+    encoding_problem,
+    without_mark,
+)
+from bd3lm_scale.data.storage import is_remote, open_sequential
+from bd3lm_scale.data.tables import table_records
+
+__all__ = [
+    "BY_NAME", "FORMATS", "BadRecordError", "Meter", "Options", "Record", "find_inputs", "read_records", "record_text",
+]  # fmt: skip
 
 _PIECE_BYTES = 1 << 20
-_BUFFER_BYTES = 1 << 16
-_TABLE_ROWS = 1000
+_HEAD_BYTES = 4096
 _TIMEOUT_SECONDS = 60.0
-_JSON = (".jsonl", ".json", ".ndjson")
-_TEXT = (".txt", ".text")
-_TABLES = (".parquet", ".arrow")
-_TARS = (".tar", ".tgz")
-_KINDS = (*_TEXT, *_JSON, *_TABLES, *_TARS)
-FORMATS = ("txt", "jsonl", "parquet", "arrow", "tar")
-_COMPRESSIONS = (".gz", ".zst")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How files become documents.
-
-    Attributes:
-        field: name of the text in JSON objects and table columns.
-        document: "file", "line" or "paragraph" (blank line between): what a document is in .txt files.
-        keep_newlines: keep the line's own newline with document="line".
-        format: one of FORMATS, whatever the files are called; default: by their names.
-    """
-
-    field: str = "text"
-    document: str = "file"
-    keep_newlines: bool = False
-    format: str | None = None
-
-    def kind(self, name: str) -> str | None:
-        """The suffix that stands for a file's format; None for a name that says nothing."""
-        return f".{self.format}" if self.format else _kind(name)
-
-
-BY_NAME = Options()
-"""What a file is follows from its name, and a .txt file is one document."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One document or piece of one; `data` is text as bytes, or a JSON object as bytes when `is_json`."""
-
-    data: bytes
-    is_json: bool = False
-    starts_document: bool = True
-    ends_document: bool = True
-
-
-class Meter:
-    """How far the reading of a file has come."""
-
-    def __init__(self) -> None:
-        self._file: io.RawIOBase | None = None
-
-    def watch(self, file: io.RawIOBase) -> io.RawIOBase:
-        """Follow this file from now on."""
-        self._file = file
-        return file
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the file (as stored, compressed perhaps) that have been read."""
-        return self._file.tell() if self._file is not None and not self._file.closed else 0
-
-
-def find_inputs(paths: list[str], options: Options = BY_NAME) -> list[str]:
-    """The files that `paths` name: folders in sorted order, braces ({0000..0099}), and * in object stores.
-
-    ValueError when a path does not exist or holds nothing readable.
-    """
-    found: list[str] = []
-    for name in [expanded for path in paths for expanded in _expanded(path)]:
-        path = Path(name)
-        if not (is_remote(name) or path.exists()):
-            raise ValueError(f"input {name}: does not exist")
-        if path.is_dir():
-            found += _folder_files(path, options)
-        elif options.kind(name):
-            found.append(name)
-        else:
-            raise ValueError(
-                f"input {name}: unknown kind; it must end in {', '.join(_KINDS)} (or .gz, .zst), or --format must say"
-            )
-    return found
-
-
-def _expanded(name: str) -> list[str]:
-    if "*" in name and is_remote(name) and not name.startswith(("pipe:", "http://", "https://")):
-        import fsspec
-
-        files, pattern = fsspec.core.url_to_fs(name)
-        return sorted(files.unstrip_protocol(path) for path in files.glob(pattern))
-    if Path(name).exists() or "{" not in name:
-        return [name]
-    import braceexpand
-
-    return list(braceexpand.braceexpand(name))
-
-
-def _folder_files(folder: Path, options: Options) -> list[str]:
-    if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        raise ValueError(
-            f"input {folder}: holds several splits; give one of {', '.join(f'{folder}/{s}' for s in splits)}"
-        )
-    if (folder / "state.json").exists():
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state.get("_indices_data_files"):
-            raise ValueError(
-                f"input {folder}: rows are selected by an index; call flatten_indices() before save_to_disk()"
-            )
-        return [str(folder / Path(entry["filename"]).name) for entry in state["_data_files"]]
-    inside = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("."))
-    files = [str(p) for p in inside if options.kind(p.name)]
-    if not files:
-        raise ValueError(f"input {folder}: no file inside ends in {', '.join(_KINDS)} (or .gz, .zst)")
-    return files
-
-
-def _kind(name: str) -> str | None:
-    for compression in _COMPRESSIONS:
-        name = name.removesuffix(compression)
-    # `pipe:` commands need not end in the file's name: what they bring is taken for a tar
-    return next((kind for kind in _KINDS if name.endswith(kind)), ".tar" if name.startswith("pipe:") else None)
+# before a lone space or newline between visible ASCII: see Tokenizer.cuts_at_spaces
+_CUT = re.compile(rb"[!-~](?=[ \n][!-~])")
 
 
 def read_records(
-    path: str, options: Options, meter: Meter | None = None, timeout: float = _TIMEOUT_SECONDS
+    path: str,
+    options: Options,
+    meter: Meter | None = None,
+    timeout: float = _TIMEOUT_SECONDS,
+    whole: bool = False,
 ) -> Iterator[Record]:
     """Records of one file in order.
 
     Args:
         path: from `find_inputs`.
         options: how the file is cut into documents.
-        meter: is kept up to date on how far the reading has come.
+        meter: is kept up to date on how far the reading has come, and on what is passed over.
         timeout: seconds a remote file may stall.
+        whole: every record is a whole document, however long.
 
     Raises:
-        ValueError: damaged or malformed, naming the file.
+        ValueError: the file is damaged, naming it. What is wrong with single documents stands in their records.
         OSError: a remote file that cannot be had.
     """
-    kind = options.kind(path)
+    kind, meter = options.kind(path), meter or Meter()
     try:
-        with (meter or Meter()).watch(open_sequential(path, timeout)) as raw:
-            if kind in _TABLES:
-                yield from _table_records(path, raw, options, is_parquet=kind == ".parquet")
+        with meter.watch(open_sequential(path, timeout)) as raw:
+            if kind in TABLES:
+                is_direct = raw.seekable() and not is_compressed(path)
+                source = raw if is_direct else io.BytesIO(decompressed(path, raw).read())
+                yield from table_records(source, options, is_parquet=kind == ".parquet")
                 return
-            with _decompressed(path, raw) as file:
-                if kind in _TARS:
-                    yield from _tar_records(file)
-                elif kind in _JSON:
-                    yield from (Record(line, is_json=True) for line in file if line.strip())
+            with decompressed(path, raw) as file:
+                again = None if is_remote(path) else functools.partial(open_local, path)
+                if kind in TARS:
+                    yield from tar_records(file, again, meter.ignored)
+                elif kind in JSON:
+                    yield from _json_records(file)
                 else:
-                    yield from _text_records(file, options)
-    except (EOFError, gzip.BadGzipFile, tarfile.TarError) as problem:
-        raise ValueError(f"{path}: damaged or cut off ({problem})") from problem
+                    yield from _text_records(file, options, None if whole else again)
+    except DamagedFileError as problem:
+        raise ValueError(f"{path}: {problem}") from problem
 
 
-def record_text(record: Record, options: Options, where: str) -> str:
-    """The text of a record; invalid UTF-8 is replaced. ValueError naming `where` for malformed JSON."""
-    if not record.is_json:
-        return record.data.decode("utf-8", "replace")
+def record_text(record: Record, options: Options, where: str = "") -> str:
+    """The text of a record. BadRecordError, naming `where`, for what is no text."""
     try:
-        text = json.loads(record.data)[options.field]
+        return _text(record, options)
+    except BadRecordError as problem:
+        place = f"{where}: " if where else ""
+        raise BadRecordError(problem.kind, f"{place}{problem.reason}") from problem
+
+
+def _text(record: Record, options: Options) -> str:
+    if record.problem is not None:
+        raise record.problem
+    if not record.is_json:
+        return _decoded(record.data, record.line)
+    try:
+        entry = json.loads(record.data if record.data.isascii() else _decoded(record.data, record.line))
+    except RecursionError as problem:
+        raise BadRecordError("not a JSON object", "not a JSON object (nested too deeply)") from problem
+    except BadRecordError:
+        raise
     except ValueError as problem:
-        raise ValueError(f"{where}: not a JSON object ({problem})") from problem
-    except (KeyError, TypeError) as problem:
-        raise ValueError(f"{where}: no field {options.field!r}; name the text's field with --field") from problem
+        reason = str(problem).replace("line 1 ", "")
+        raise BadRecordError("not a JSON object", f"not a JSON object ({reason})") from problem
+    if not isinstance(entry, dict):
+        raise BadRecordError("not a JSON object", f"not a JSON object but {type(entry).__name__}")
+    if options.field not in entry:
+        raise BadRecordError("no such field", f"no field {options.field!r}; name the text's field with --field")
+    text = entry[options.field]
+    if text is None:
+        raise BadRecordError("null", f"field {options.field!r} is null")
     if not isinstance(text, str):
-        raise ValueError(f"{where}: field {options.field!r} is not text but {type(text).__name__}")
-    # lone surrogates are legal in JSON and in nothing else
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+        raise BadRecordError("not text", f"field {options.field!r} is not text but {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        found = f"\\u{ord(text[problem.start]):04x}"
+        raise BadRecordError("half a character", f"field {options.field!r} has {found}, half a character") from problem
+    return text
+
+
+def _decoded(data: bytes, first_line: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise _not_utf8(data, problem, first_line) from problem
+
+
+def _not_utf8(data: bytes, problem: UnicodeDecodeError, first_line: int) -> BadRecordError:
+    line = first_line + data.count(b"\n", 0, problem.start)
+    reason = f"byte 0x{data[problem.start]:02x} in line {line} is not UTF-8 ({problem.reason})"
+    return BadRecordError("not UTF-8", reason)
 
 
 def count_documents(path: str, options: Options) -> int:
     """How many documents a file holds, from its metadata where it has some."""
-    if options.kind(path) == ".parquet" and not is_remote(path):
+    if options.kind(path) == ".parquet" and not (is_remote(path) or is_compressed(path)):
         import pyarrow.parquet
 
         return pyarrow.parquet.read_metadata(path).num_rows
     return sum(record.starts_document for record in read_records(path, options))
 
 
-def _decompressed(path: str, raw: io.RawIOBase) -> io.BufferedIOBase:
-    buffered = io.BufferedReader(raw, _BUFFER_BYTES)
-    if path.endswith((".gz", ".tgz")):
-        return io.BufferedReader(BlockFile(_gunzip(buffered)), _BUFFER_BYTES)
-    if path.endswith(".zst"):
-        return io.BufferedReader(BlockFile(_unzstd(buffered)), _BUFFER_BYTES)
-    return buffered
+def _head(file: io.BufferedReader) -> bytes:
+    """The first bytes, without taking them."""
+    return file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
 
 
-def _gunzip(file: io.BufferedIOBase) -> Iterator[bytes]:
-    with file, gzip.GzipFile(fileobj=file) as opened:
-        while block := opened.read(_BUFFER_BYTES):
-            yield block
+def _json_records(file: io.BufferedReader) -> Iterator[Record]:
+    if problem := encoding_problem(_head(file)):
+        yield Record(b"", where="the whole file", problem=problem)
+        return
+    for number, line in enumerate(file, start=1):
+        content = without_mark(line) if number == 1 else line
+        if content.strip():
+            yield Record(content, is_json=True, where=f"line {number}", line=number)
 
 
-def _unzstd(file: io.BufferedIOBase) -> Iterator[bytes]:
-    """Frame after frame; a file that ends inside one is an error, which the library's own reader passes over."""
-    import zstandard
-
-    frame, is_inside = zstandard.ZstdDecompressor().decompressobj(), False
-    with file:
-        while compressed := file.read(_BUFFER_BYTES):
-            while compressed:
-                try:
-                    block = frame.decompress(compressed)
-                except zstandard.ZstdError as problem:
-                    raise EOFError(str(problem)) from problem
-                compressed, is_inside = frame.unused_data, not frame.eof
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-                if block:
-                    yield block
-    if is_inside:
-        raise EOFError("the last zstandard frame is not complete")
-
-
-def _text_records(file: io.BufferedIOBase, options: Options) -> Iterator[Record]:
+def _text_records(
+    file: io.BufferedReader, options: Options, again: Callable[[], io.BufferedReader] | None
+) -> Iterator[Record]:
+    if problem := encoding_problem(_head(file)):
+        yield Record(b"", where="the whole file", problem=problem)
+        return
+    if options.document == "file":
+        yield from _pieces(file, again)
+        return
+    lines = ((number, line if number > 1 else without_mark(line)) for number, line in enumerate(file, start=1))
     if options.document == "line":
-        yield from (Record(line if options.keep_newlines else line.rstrip(b"\r\n")) for line in file)
-    elif options.document == "paragraph":
-        for is_blank, lines in itertools.groupby(file, key=lambda line: not line.strip()):
-            if not is_blank:
-                yield Record(b"".join(lines))
+        for number, line in lines:
+            data = line if options.keep_newlines else line.rstrip(b"\r\n")
+            yield Record(data, where=f"line {number}", line=number)
     else:
-        yield from _pieces(file)
+        for is_blank, group in itertools.groupby(lines, key=lambda numbered: not numbered[1].strip()):
+            if not is_blank:
+                numbered = list(group)
+                data, number = b"".join(line for _, line in numbered), numbered[0][0]
+                yield Record(data, where=f"the paragraph at line {number}", line=number)
 
 
-def _pieces(file: io.BufferedIOBase) -> Iterator[Record]:
-    """A file as one document, in pieces of about a megabyte that end where a line does."""
-    is_first, piece = True, file.read(_PIECE_BYTES) + file.readline()
-    while True:
-        following = file.read(_PIECE_BYTES)
-        following += file.readline() if following else b""
-        yield Record(piece, starts_document=is_first, ends_document=not following)
-        if not following:
-            return
-        is_first, piece = False, following
+def _pieces(file: io.BufferedReader, again: Callable[[], io.BufferedReader] | None) -> Iterator[Record]:
+    """A file as one document: in one record if it is short or cannot be read again, else in pieces of a megabyte."""
+    beginning = file.read(_PIECE_BYTES)
+    if again is None or len(beginning) < _PIECE_BYTES:
+        yield Record(without_mark(beginning) + file.read(), where="the whole file")
+        return
+    # nothing of a document is taken before all of it is known to be sound
+    blocks = itertools.chain([beginning], iter(lambda: file.read(_PIECE_BYTES), b""))
+    if problem := _check_text(blocks):
+        yield Record(b"", where="the whole file", problem=problem)
+        return
+    with again() as second:
+        yield from _cut(second)
 
 
-def _tar_records(file: io.BufferedIOBase) -> Iterator[Record]:
-    """The .txt member of each sample, or its .json member where it has no text. Nothing is ever extracted."""
-    key, is_text_seen, waiting = None, False, None
-    with tarfile.open(fileobj=file, mode="r|") as tar:
-        for member in tar:
-            sample, _, extension = member.name.rpartition("/")[2].partition(".")
-            sample = str(PurePosixPath(member.name).parent / sample)
-            if sample != key:
-                if waiting is not None and not is_text_seen:
-                    yield Record(waiting, is_json=True)
-                key, is_text_seen, waiting = sample, False, None
-            content = tar.extractfile(member) if extension in ("txt", "json") else None
-            if content is None:
-                continue
-            if extension == "json":
-                waiting = content.read()
-            else:
-                is_text_seen = True
-                yield Record(content.read())
-    if waiting is not None and not is_text_seen:
-        yield Record(waiting, is_json=True)
+def _check_text(blocks: Iterator[bytes]) -> BadRecordError | None:
+    """What keeps the blocks from being UTF-8 together."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    for block in itertools.chain(blocks, [b""]):
+        held = decoder.getstate()[0]
+        try:
+            decoder.decode(block, final=not block)
+        except UnicodeDecodeError as problem:
+            return _not_utf8(held + block, problem, line)
+        line += block.count(b"\n")
+    return None
 
 
-def _table_records(path: str, raw: io.RawIOBase, options: Options, is_parquet: bool) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    source = raw if raw.seekable() else io.BytesIO(raw.read())
-    try:
-        if is_parquet:
-            table = pyarrow.parquet.ParquetFile(source)
-            schema, batches = table.schema_arrow, None
-        else:
-            table = pa.ipc.open_stream(source)  # what datasets.save_to_disk writes
-            schema, batches = table.schema, table
-        if options.field not in schema.names:
-            raise ValueError(f"{path}: no column {options.field!r}; name one of {', '.join(schema.names)} with --field")
-        if batches is None:
-            batches = table.iter_batches(batch_size=_TABLE_ROWS, columns=[options.field])
-        for batch in batches:
-            for text in batch.column(options.field):
-                yield Record(_table_text(text.as_py(), path, options))
-    except pa.ArrowInvalid as problem:
-        raise ValueError(f"{path}: damaged or cut off ({problem})") from problem
-
-
-def _table_text(value: object, path: str, options: Options) -> bytes:
-    if value is None:
-        return b""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace")
-    raise ValueError(f"{path}: column {options.field!r} is not text but {type(value).__name__}")
+def _cut(file: io.BufferedReader) -> Iterator[Record]:
+    """Pieces that end before a lone space or newline."""
+    is_first, piece, searched = True, without_mark(file.read(_PIECE_BYTES)), _PIECE_BYTES
+    while block := file.read(_PIECE_BYTES):
+        piece += block
+        while cut := _CUT.search(piece, searched):
+            yield Record(piece[: cut.end()], starts_document=is_first, ends_document=False, where="the whole file")
+            is_first, piece, searched = False, piece[cut.end() :], _PIECE_BYTES
+        searched = max(_PIECE_BYTES, len(piece) - 2)
+    yield Record(piece, starts_document=is_first, where="the whole file")

@@ -2,11 +2,11 @@
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bd3lm_scale.data.shards import token_dtype
 from bd3lm_scale.data.tokenizer import load_tokenizer
-from bd3lm_scale.data.tokenizing import Preparation, cut_units, file_size, tokenize
+from bd3lm_scale.data.tokenizing import Preparation, cut_units, file_size, must_stay_whole, tokenize
 
 _SAMPLED_FILES = 16
 _UNITS_PER_FILE = 2
@@ -30,14 +30,15 @@ class Estimate:
 def estimate(task: Preparation, tokenizer_path: str, workers: int) -> Estimate:
     """Tokenize the beginnings of some files and scale up by file size (ValueError when they hold no text)."""
     tokenizer = load_tokenizer(tokenizer_path)
+    whole = must_stay_whole(task, tokenizer)
     sizes = [file_size(path) or 0 for path in task.files]
     step = -(-len(sizes) // _SAMPLED_FILES)
     documents = text_bytes = tokens = read = 0
     seconds = 0.0
     for file in range(0, len(sizes), step):
-        first = Preparation((task.files[file],), options=task.options, detokenizer=task.detokenizer)
+        first = replace(task, inputs=(task.files[file],), validation_inputs=())
         last_read = 0
-        for unit in itertools.islice(cut_units(first), _UNITS_PER_FILE):
+        for unit in itertools.islice(cut_units(first, whole=whole), _UNITS_PER_FILE):
             started_at = time.perf_counter()
             result = tokenize(unit, task, tokenizer)
             seconds += time.perf_counter() - started_at

@@ -26,9 +26,9 @@ class _EpochTable:
     window_start: np.ndarray  # (W + 1,) rows before each window
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowOrder:
-    """The order of one dataset.
+    """The order of one dataset; remembers the last epochs' tables.
 
     Attributes:
         rows_per_shard: int64 (S,), in manifest order.
@@ -59,6 +59,12 @@ class RowOrder:
             chosen = epoch == number
             shard[chosen], row[chosen] = self._locate_in_epoch(int(number), place[chosen])
         return self._substitute(sample_index, shard, row) if self.excluded else (shard, row)
+
+    def locate_natural(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard number and row in the shard, both int64 (n,), of the rows (n,) in manifest order."""
+        row_start = np.concatenate([[0], np.cumsum(self.rows_per_shard)])
+        shard = np.searchsorted(row_start, row, side="right") - 1
+        return shard, row - row_start[shard]
 
     def shards_needed(self, sample_index: int) -> list[int]:
         """Shards of the window that holds this sample and of the next one, which the epoch's end may cut off."""
@@ -137,6 +143,22 @@ class MixtureOrder:
         start = np.concatenate([[0], np.cumsum(self.quota)])
         source = np.searchsorted(start, slot, side="right") - 1
         return source, period * self.quota[source] + slot - start[source]
+
+
+def weighted_order(weights: list[float], rows: list[int]) -> np.ndarray:
+    """The rows of several datasets, each once: any first N hold the datasets by weight, as far as these reach.
+
+    Args:
+        weights: of the datasets, positive.
+        rows: how many rows each of them has.
+
+    Returns:
+        int64 (sum of rows,): numbers of the rows when the datasets lie one after another.
+    """
+    source = np.repeat(np.arange(len(rows)), rows)
+    inner = np.concatenate([np.arange(count) for count in rows])
+    # row k of a dataset stands where its share reaches k + 1/2
+    return np.lexsort((source, (inner + 0.5) / np.asarray(weights, np.float64)[source]))
 
 
 def mixture_quota(weights: list[float]) -> np.ndarray:

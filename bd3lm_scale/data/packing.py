@@ -1,7 +1,7 @@
 """Tokenized documents to the shards of two splits: who goes where, and where one shard ends."""
 
-from collections import deque
-from dataclasses import dataclass
+from collections import Counter, deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,11 @@ from bd3lm_scale.data.shards import Shard, write_shard
 from bd3lm_scale.data.tokenizing import Preparation, Tokens, Unit
 
 SPLITS = ("train", "validation")
+BAD, IGNORED = "bad: ", "ignored: "
 
 
 @dataclass(frozen=True)
-class Head:
+class InputCursor:
     """A place between units, and the counts up to there.
 
     Attributes:
@@ -21,6 +22,7 @@ class Head:
         documents: documents begun before it.
         in_validation: whether the last of them, which may go on, is held out.
         text_bytes: bytes of text before it that went to each split.
+        counts: what was read before it: "documents", "empty documents", "bad: KIND", "ignored: KIND".
     """
 
     file: int = 0
@@ -28,6 +30,17 @@ class Head:
     documents: int = 0
     in_validation: bool = False
     text_bytes: tuple[int, int] = (0, 0)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, raw: dict) -> "InputCursor":
+        """Out of its `dataclasses.asdict`, through JSON."""
+        return cls(**{**raw, "text_bytes": tuple(raw["text_bytes"])})
+
+    @property
+    def num_bad(self) -> int:
+        """Records so far that are no documents."""
+        return sum(count for name, count in self.counts.items() if name.startswith(BAD))
 
 
 @dataclass(frozen=True)
@@ -129,7 +142,7 @@ class Splitter:
                 f"--validation-documents {task.validation_documents}: the inputs have only {num_documents} documents"
             )
 
-    def split(self, unit: Unit, tokens: Tokens, head: Head) -> tuple[list[Run], Head]:
+    def split(self, unit: Unit, tokens: Tokens, head: InputCursor) -> tuple[list[Run], InputCursor]:
         """The tokens for each of SPLITS, and the head after the unit."""
         held_out = self._held_out(unit, tokens, head)
         token_held_out = np.repeat(held_out, tokens.lengths)
@@ -138,19 +151,20 @@ class Splitter:
             lengths = np.where(held_out == chosen, tokens.lengths, 0)
             begins = tokens.starts & (lengths > 0)
             runs.append(Run(tokens.ids[token_held_out == chosen], (np.cumsum(lengths) - lengths)[begins]))
-        following = Head(
+        following = InputCursor(
             file=unit.next_place[0],
             record=unit.next_place[1],
             documents=head.documents + int(tokens.starts.sum()),
-            in_validation=bool(held_out[-1]),
+            in_validation=bool(held_out[-1]) if len(held_out) else head.in_validation,
             text_bytes=(
                 head.text_bytes[0] + int(tokens.text_bytes[~held_out].sum()),
                 head.text_bytes[1] + int(tokens.text_bytes[held_out].sum()),
             ),
+            counts=_counted(head.counts, unit, tokens),
         )
         return runs, following
 
-    def _held_out(self, unit: Unit, tokens: Tokens, head: Head) -> np.ndarray:
+    def _held_out(self, unit: Unit, tokens: Tokens, head: InputCursor) -> np.ndarray:
         """Which records of the unit go to validation; a piece goes where its document's first piece went."""
         if unit.file >= len(self._task.inputs):
             return np.ones(len(tokens.starts), bool)
@@ -158,3 +172,17 @@ class Splitter:
             return head.documents + np.cumsum(tokens.starts) - 1 >= self._first_validation
         first = np.maximum.accumulate(np.where(tokens.starts, np.arange(len(tokens.starts)), -1))
         return np.where(first >= 0, tokens.hashes[first] < self._threshold, head.in_validation)
+
+
+def _counted(before: dict[str, int], unit: Unit, tokens: Tokens) -> dict[str, int]:
+    counts = Counter(before)
+    is_bad = np.zeros(len(tokens.starts), bool)
+    is_bad[[number for number, _, _ in tokens.bad]] = True
+    counts["documents"] += int((tokens.starts & ~is_bad).sum())
+    ends = np.array([record.ends_document for record in unit.records], bool)
+    counts["empty documents"] += int((tokens.starts & ends & ~is_bad & (tokens.text_bytes == 0)).sum())
+    for _, kind, _ in tokens.bad:
+        counts[BAD + kind] += 1
+    for kind, number in unit.ignored:
+        counts[IGNORED + kind] += number
+    return {name: count for name, count in sorted(counts.items()) if count}

@@ -3,20 +3,22 @@
     inputs -> records -> units -> worker processes -> tokens -> train and validation shards -> manifests
 
 After each shard the tokens that wait for the next ones are saved, and a line goes to progress.jsonl saying with which
-unit to go on: a new run starts there and gives the same bytes. The manifests are written last.
+unit to go on: a new run starts there and gives the same bytes. The manifests are written last, unless an input has
+changed meanwhile. What is no document is listed in bad_records.jsonl, if it is to be left out.
 """
 
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from bd3lm_scale.data.documents import count_documents
-from bd3lm_scale.data.packing import SPLITS, Head, Packer, Run, Splitter, join
+from bd3lm_scale.data.inputs import changed_inputs
+from bd3lm_scale.data.packing import BAD, IGNORED, SPLITS, InputCursor, Packer, Run, Splitter, join
 from bd3lm_scale.data.shards import (
     MANIFEST,
     Manifest,
@@ -28,9 +30,11 @@ from bd3lm_scale.data.shards import (
     write_file,
 )
 from bd3lm_scale.data.tokenizer import Tokenizer, identity_of, load_tokenizer
-from bd3lm_scale.data.tokenizing import Preparation, Unit, tokenized_units
+from bd3lm_scale.data.tokenizing import Preparation, Tokens, Unit, num_documents, tokenized_units
 
 PROGRESS = "progress.jsonl"
+BAD_RECORDS = "bad_records.jsonl"
+_NAMED_CHANGES = 5
 
 
 def prepare(
@@ -53,22 +57,21 @@ def prepare(
         The manifest of each split that has tokens.
     """
     tokenizer = load_tokenizer(tokenizer_path)
-    description = {**task.describe(), "tokenizer": tokenizer.hash}
-    fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-    finished = _finished(output, fingerprint)
+    description = _description(task, tokenizer)
+    finished = _finished(output, description)
     if finished is not None:
         return finished
-    splitter = Splitter(
-        task, sum(count_documents(p, task.options) for p in task.inputs) if task.validation_documents else 0
-    )
+    splitter = Splitter(task, num_documents(task) if task.validation_documents else 0)
     output.mkdir(parents=True, exist_ok=True)
-    log = _ProgressLog(output / PROGRESS, fingerprint)
+    log = _ProgressLog(output / PROGRESS, description)
+    bad = _BadRecords(output / BAD_RECORDS, log.head.num_bad)
     tokenizer.save(output / "tokenizer")
     dtype = token_dtype(tokenizer.vocab_size)
     packers = [Packer(s, output / s, dtype, task, log.shards[s], log.pending(s, dtype)) for s in SPLITS]
     head = log.head
     for unit, tokens in tokenized_units(task, tokenizer_path, (head.file, head.record), workers):
         runs, head = splitter.split(unit, tokens, head)
+        bad.add(unit, tokens)
         for packer, run in zip(packers, runs, strict=True):
             packer.add(run)
         for packer in packers:
@@ -78,18 +81,29 @@ def prepare(
     for packer in packers:
         while packer.num_pending:
             log.append(packer.split, packer.cut(), head, packers)
-    manifests = _manifests(task, tokenizer, log.shards, head, {**description, "fingerprint": fingerprint})
+    _refuse_changes(output, description, _description(task, tokenizer))
+    manifests = _manifests(task, tokenizer, log.shards, head, description)
     for split, manifest in manifests.items():
         write_file(output / split / MANIFEST, manifest_to_json(manifest))
     log.remove()
     return manifests
 
 
+def _description(task: Preparation, tokenizer: Tokenizer) -> dict:
+    """What the bytes of the result depend on, and its hash."""
+    description = {**task.describe(), "tokenizer": tokenizer.hash}
+    fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    return {**description, "fingerprint": fingerprint}
+
+
 def _manifests(
-    task: Preparation, tokenizer: Tokenizer, shards: dict[str, list[Shard]], head: Head, description: dict
+    task: Preparation, tokenizer: Tokenizer, shards: dict[str, list[Shard]], head: InputCursor, description: dict
 ) -> dict[str, Manifest]:
     if not any(shards.values()):
-        raise ValueError(f"no text: the {len(task.files)} input files hold only empty documents, or none")
+        passed = {name: count for name, count in head.counts.items() if name.startswith((BAD, IGNORED))}
+        seen = f" ({', '.join(f'{name}: {count:,}' for name, count in passed.items())})" if passed else ""
+        raise ValueError(f"no text: the {len(task.files)} input files hold only empty documents, or none{seen}")
+    preparation = {**description, "read": _what_was_read(task, head)}
     return {
         split: Manifest(
             split=split,
@@ -100,25 +114,88 @@ def _manifests(
             num_text_bytes=head.text_bytes[number],
             tokenizer=identity_of(tokenizer),
             shards=tuple(shards[split]),
-            preparation=description,
+            preparation=preparation,
         )
         for number, split in enumerate(SPLITS)
         if shards[split]
     }
 
 
-def _finished(output: Path, fingerprint: str) -> dict[str, Manifest] | None:
+def _what_was_read(task: Preparation, head: InputCursor) -> dict:
+    """What the manifests keep of the reading: files by kind, documents, and all that is not in the shards."""
+    files = Counter(task.options.kind(path) for path in task.files)
+    ignored = Counter(dict(task.ignored))
+    ignored.update({n.removeprefix(IGNORED): count for n, count in head.counts.items() if n.startswith(IGNORED)})
+    return {
+        "files": dict(sorted(files.items(), key=str)),
+        "documents": head.counts.get("documents", 0),
+        "empty_documents": head.counts.get("empty documents", 0),
+        "bad_records": {n.removeprefix(BAD): count for n, count in head.counts.items() if n.startswith(BAD)},
+        "ignored": dict(sorted(ignored.items())),
+    }
+
+
+def _finished(output: Path, description: dict) -> dict[str, Manifest] | None:
     """The manifests of an equal preparation that is complete."""
     files = {split: output / split / MANIFEST for split in SPLITS}
     if (output / PROGRESS).exists() or not any(file.exists() for file in files.values()):
         return None
     manifests = {s: manifest_from_json(f.read_text(encoding="utf-8"), str(f)) for s, f in files.items() if f.exists()}
-    if any(m.preparation.get("fingerprint") != fingerprint for m in manifests.values()):
-        raise ValueError(
-            f"output {output}: holds shards made from other inputs, options or another tokenizer; "
-            "choose another --output, or remove that folder first"
-        )
+    for manifest in manifests.values():
+        _refuse_changes(output, manifest.preparation, description)
     return manifests
+
+
+def _refuse_changes(output: Path, before: dict, now: dict) -> None:
+    """ValueError, naming inputs and options, unless two descriptions of a preparation are the same."""
+    if before.get("reading") != now["reading"]:
+        raise ValueError(
+            f"output {output}: was prepared by another version of this program, whose shards stay readable; "
+            "choose another --output to prepare anew, or remove that folder first"
+        )
+    now = json.loads(json.dumps(now))
+    reasons = []
+    for key, value in now.items():
+        if key in ("inputs", "validation_inputs"):
+            reasons += changed_inputs(before.get(key, []), value)
+        elif before.get(key) != value and not (key == "fingerprint" and reasons):
+            reasons.append(f"another {key}")
+    if reasons:
+        more = f" and {len(reasons) - _NAMED_CHANGES} more" if len(reasons) > _NAMED_CHANGES else ""
+        raise ValueError(
+            f"output {output}: holds shards made from other inputs, options or another tokenizer: "
+            f"{', '.join(reasons[:_NAMED_CHANGES])}{more}; choose another --output, or remove that folder first"
+        )
+
+
+class _BadRecords:
+    """bad_records.jsonl: one line for each record that was left out.
+
+    Args:
+        path: where it lies; there only when there are such records.
+        kept: lines that belong to finished shards; what follows is written again.
+    """
+
+    def __init__(self, path: Path, kept: int):
+        self._path = path
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")[:kept]
+            if lines:
+                write_file(path, "\n".join(lines) + "\n")
+            else:
+                path.unlink()
+
+    def add(self, unit: Unit, tokens: Tokens) -> None:
+        """List a unit's bad records, durably: the next line of progress.jsonl counts them."""
+        if not tokens.bad:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            for number, kind, reason in tokens.bad:
+                record = unit.record + number + 1
+                entry = {"file": unit.path, "record": record, "where": unit.records[number].where}
+                file.write(json.dumps({**entry, "kind": kind, "reason": reason}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class _ProgressLog:
@@ -129,23 +206,22 @@ class _ProgressLog:
         head: the unit to go on with.
     """
 
-    def __init__(self, path: Path, fingerprint: str):
+    def __init__(self, path: Path, description: dict):
         self._path = path
         self.shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-        self.head = Head()
+        self.head = InputCursor()
         # what follows the last newline was being written when the process died
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         if not lines:
-            lines = [json.dumps(fingerprint)]
-        elif json.loads(lines[0]) != fingerprint:
-            raise ValueError(
-                f"output {path.parent}: holds an unfinished preparation of other inputs, options or another "
-                "tokenizer; choose another --output, or remove that folder first"
-            )
-        for line in lines[1:]:
-            entry = json.loads(line)
-            self.shards[entry["split"]].append(shard_from_json(entry["shard"]))
-            self.head = Head(**{**entry["head"], "text_bytes": tuple(entry["head"]["text_bytes"])})
+            lines = [json.dumps(description)]
+        try:
+            before, *entries = [json.loads(line) for line in lines]
+            _refuse_changes(path.parent, before if isinstance(before, dict) else {}, description)
+            for entry in entries:
+                self.shards[entry["split"]].append(shard_from_json(entry["shard"]))
+                self.head = InputCursor.from_json(entry["head"])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as problem:
+            raise ValueError(f"{path}: damaged ({problem}); remove {path.parent} and prepare anew") from problem
         write_file(path, "\n".join(lines) + "\n")
         self._remove_pending(keep=self._num_shards)
 
@@ -168,7 +244,7 @@ class _ProgressLog:
         with np.load(self._pending_file(self._num_shards), allow_pickle=False) as arrays:
             return Run(arrays[f"{split}_ids"], arrays[f"{split}_document_starts"])
 
-    def append(self, split: str, shard: Shard, head: Head, packers: list[Packer]) -> None:
+    def append(self, split: str, shard: Shard, head: InputCursor, packers: list[Packer]) -> None:
         """Record a shard that a packer has just added to `shards`."""
         train, validation = (packer.pending for packer in packers)
         with self._pending_file(self._num_shards).open("wb") as file:

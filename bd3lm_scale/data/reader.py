@@ -81,7 +81,7 @@ class _OpenShard:
             done = stop
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ShardReader:
     """Reads runs of tokens from the shards of one split.
 

@@ -1,12 +1,13 @@
 """Token rows by global sample index: order, shards and mixture joined. Loads no torch: data workers start fast."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.files import open_files
-from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota
+from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota, weighted_order
 from bd3lm_scale.data.reader import ShardReader
 from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, manifest_from_json
 from bd3lm_scale.data.storage import is_remote, join, read_text
@@ -20,6 +21,10 @@ class _Dataset:
     reader: ShardReader
     order: RowOrder
 
+    def shard_name(self, number: int) -> str:
+        """What errors and exclusions call the shard."""
+        return self.reader.prefix + self.manifest.shards[number].name
+
 
 class ShardSource:
     """Rows of `context_length` tokens of one split, of one dataset or a mixture.
@@ -27,8 +32,8 @@ class ShardSource:
     Args:
         config: the run's data section.
         seed: the run's seed.
-        split: "train" is shuffled and endless; "validation" is in natural order and ends.
-        excluded: names of damaged training shards to go without.
+        split: "train" is shuffled and endless; "validation" is in natural order, dataset after dataset, and ends.
+        excluded: names of damaged shards to go without.
 
     Attributes:
         num_rows: rows per epoch, of all datasets together.
@@ -57,49 +62,75 @@ class ShardSource:
         return ShardSource(self.config, self.seed, self.split, excluded)
 
     def read(self, sample_index: np.ndarray) -> np.ndarray:
-        """Rows (n, L) in the stored dtype for int64 sample indices (n,). BadShardError, ValueError."""
-        sample_index = np.asarray(sample_index, np.int64)
-        if self.split == "validation":
-            return self._read_natural(sample_index)
-        if self._mixture is None:
-            return self._read_shuffled(self._datasets[0], sample_index)
-        source, inner = self._mixture.locate(sample_index)
-        return self._gather(source, inner, self._read_shuffled)
+        """Rows (n, L) in the stored dtype for int64 sample indices (n,). BadShardError, ValueError.
+
+        Validation rows of excluded shards are zeros: `is_left_out` says which.
+        """
+        source, shard, row, inner = self._locate(sample_index)
+        left_out = self.is_left_out(sample_index)
+        out = np.zeros((len(source), self.config.context_length), self.dtype)
+        for number in np.unique(source[~left_out]):
+            dataset, chosen = self._datasets[number], (source == number) & ~left_out
+            if self.split == "train" and dataset.reader.files.is_remote:
+                needed = dataset.order.shards_needed(int(inner[chosen].min()))
+                dataset.reader.files.fetch_ahead([dataset.manifest.shards[i] for i in needed])
+            length = row_payload(self.config)
+            rows = dataset.reader.read(shard[chosen], row[chosen] * length, length)
+            out[chosen] = wrap_rows(rows, self.tokenizer) if self.config.wrap_rows else rows
+        return out
+
+    def by_weight(self, position: np.ndarray) -> np.ndarray:
+        """The row (n,) at each place of an order whose first N places hold a mixture's datasets by weight."""
+        is_mixed = self.split == "validation" and len(self._datasets) > 1
+        return self._rows_by_weight[position] if is_mixed else position
+
+    @cached_property
+    def _rows_by_weight(self) -> np.ndarray:
+        rows = [dataset.order.num_rows for dataset in self._datasets]
+        return weighted_order([m.weight for m in self.config.mixture], rows)
+
+    def dataset_of(self, sample_index: np.ndarray) -> np.ndarray:
+        """Number of the dataset, in a mixture's order, that each row (n,) comes from."""
+        return self._locate(sample_index)[0]
+
+    def is_left_out(self, sample_index: np.ndarray) -> np.ndarray:
+        """Which validation rows (n,) lie in excluded shards; training rows of such shards are replaced by others."""
+        if self.split == "train" or not self.excluded:
+            return np.zeros(len(sample_index), bool)
+        source, shard, _, _ = self._locate(sample_index)
+        names = [self._datasets[d].shard_name(s) for d, s in zip(source.tolist(), shard.tolist(), strict=True)]
+        return np.isin(names, self.excluded)
+
+    def shard_of(self, sample_index: int) -> str:
+        """The name, as in `excluded`, of the shard that a row comes from."""
+        source, shard, _, _ = self._locate(np.array([sample_index]))
+        return self._datasets[source[0]].shard_name(int(shard[0]))
 
     def close(self) -> None:
         """Close all files."""
         for dataset in self._datasets:
             dataset.reader.close()
 
-    def _read_natural(self, row: np.ndarray) -> np.ndarray:
-        if row.size and not 0 <= row.min() <= row.max() < self.num_rows:
-            raise ValueError(f"validation row {row.max()} does not exist: there are {self.num_rows}")
-        starts = np.concatenate([[0], np.cumsum([d.order.num_rows for d in self._datasets])])
-        source = np.searchsorted(starts, row, side="right") - 1
-        return self._gather(source, row - starts[source], self._read_in_order)
-
-    def _gather(self, source: np.ndarray, inner: np.ndarray, read) -> np.ndarray:
-        out = np.zeros((len(inner), self.config.context_length), self.dtype)
+    def _locate(self, sample_index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Dataset, shard, row in the shard, and sample index within the dataset, each int64 (n,)."""
+        index = np.asarray(sample_index, np.int64)
+        is_natural = self.split == "validation"
+        if is_natural and index.size and not 0 <= index.min() <= index.max() < self.num_rows:
+            raise ValueError(f"validation row {index.max()} does not exist: there are {self.num_rows}")
+        if is_natural:
+            starts = np.concatenate([[0], np.cumsum([d.order.num_rows for d in self._datasets])])
+            source = np.searchsorted(starts, index, side="right") - 1
+            inner = index - starts[source]
+        elif self._mixture is not None:
+            source, inner = self._mixture.locate(index)
+        else:
+            source, inner = np.zeros_like(index), index
+        shard, row = np.zeros_like(index), np.zeros_like(index)
         for number in np.unique(source):
-            chosen = source == number
-            out[chosen] = read(self._datasets[number], inner[chosen])
-        return out
-
-    def _read_shuffled(self, dataset: _Dataset, sample_index: np.ndarray) -> np.ndarray:
-        if dataset.reader.files.is_remote and sample_index.size:
-            needed = dataset.order.shards_needed(int(sample_index.min()))
-            dataset.reader.files.fetch_ahead([dataset.manifest.shards[i] for i in needed])
-        return self._read_rows(dataset, *dataset.order.locate(sample_index))
-
-    def _read_in_order(self, dataset: _Dataset, row: np.ndarray) -> np.ndarray:
-        row_start = np.concatenate([[0], np.cumsum(dataset.order.rows_per_shard)])
-        shard = np.searchsorted(row_start, row, side="right") - 1
-        return self._read_rows(dataset, shard, row - row_start[shard])
-
-    def _read_rows(self, dataset: _Dataset, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
-        length = row_payload(self.config)
-        rows = dataset.reader.read(shard, row * length, length)
-        return wrap_rows(rows, self.tokenizer) if self.config.wrap_rows else rows
+            order, chosen = self._datasets[number].order, source == number
+            find = order.locate_natural if is_natural else order.locate
+            shard[chosen], row[chosen] = find(inner[chosen])
+        return source, shard, row, inner
 
 
 def row_payload(config: DataConfig) -> int:
@@ -151,6 +182,8 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
             f"data.context_length={config.context_length}; prepare more text or use shorter rows"
         )
     damaged = frozenset(i for i, shard in enumerate(manifest.shards) if prefix + shard.name in source.excluded)
+    if len(damaged) == len(manifest.shards):
+        raise ValueError("data: every shard is excluded as damaged; restore the shards")
     order = RowOrder(rows, source.seed, config.shuffle_window, number, damaged)
     reader = ShardReader(manifest, open_files(path, split, config), config.retries, prefix)
     return _Dataset(manifest, reader, order)

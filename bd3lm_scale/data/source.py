@@ -25,6 +25,18 @@ class Source(Protocol):
         """Rows (n, L) in `dtype` for int64 sample indices (n,)."""
         ...
 
+    def by_weight(self, position: np.ndarray) -> np.ndarray:
+        """The row (n,) at each place of an order whose first N places hold a mixture's datasets by weight."""
+        ...
+
+    def is_left_out(self, sample_index: np.ndarray) -> np.ndarray:
+        """Which validation rows (n,) lie in excluded shards, and are read as zeros."""
+        ...
+
+    def shard_of(self, sample_index: int) -> str:
+        """The name, as in `excluded`, of the shard that a row comes from."""
+        ...
+
     def seek(self, origin: int) -> None:
         """Told the first sample index that the batch reader will ask for."""
         ...

@@ -17,6 +17,7 @@ from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.source import Source, open_source
 from bd3lm_scale.data.storage import is_remote, retrying, transfer
 from bd3lm_scale.data.tokenizer import load_tokenizer
+from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.values import Cursor
 
 _START = Cursor()
@@ -45,6 +46,24 @@ class RowStream:
     def read(self, sample_index: np.ndarray) -> np.ndarray:
         """Rows (n, L) int64 for int64 global sample indices (n,). BadShardError when a shard is unreadable."""
         return self.source.read(sample_index).astype(np.int64)
+
+    def read_held_out(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Validation rows (n, L) int64 at places in the order of evaluation, and which of them are left out (n,).
+
+        The first N places hold a mixture's datasets by weight. BadShardError as for training rows.
+        """
+        index = self.source.by_weight(position)
+        rows, is_left_out = self.read(index), self.source.is_left_out(index)
+        self.refuse_mask(rows[~is_left_out], index[~is_left_out])
+        return rows, is_left_out
+
+    def refuse_mask(self, rows: np.ndarray, sample_index: np.ndarray) -> None:
+        """BadShardError where a text holds the mask: no model can predict it, and the loss would be infinite."""
+        holds = (rows == self.mask_token_id).any(axis=1)
+        if holds.any():
+            index = int(sample_index[holds][0])
+            reason = f"the mask, id {self.mask_token_id}, stands in its text (row {index} of the run); prepare it anew"
+            raise BadShardError(self.source.shard_of(index), reason)
 
     def without(self, excluded: tuple[str, ...]) -> "RowStream":
         """The same stream going without these shards (and only these)."""

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
-from bd3lm_scale.data.documents import BY_NAME, find_inputs, read_records, record_text
+from bd3lm_scale.data.documents import BY_NAME, BadRecordError, read_records, record_text
+from bd3lm_scale.data.inputs import find_inputs
 from bd3lm_scale.data.shard_source import row_payload, wrap_rows
 from bd3lm_scale.data.shards import token_dtype
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
@@ -73,6 +74,18 @@ class TextSource:
             self._next = wanted + 1
         return wrap_rows(out, self.tokenizer) if self.config.wrap_rows else out
 
+    def by_weight(self, position: np.ndarray) -> np.ndarray:
+        """The rows as they are."""
+        return position
+
+    def is_left_out(self, sample_index: np.ndarray) -> np.ndarray:
+        """None: damaged shards give no rows to begin with."""
+        return np.zeros(len(sample_index), bool)
+
+    def shard_of(self, sample_index: int) -> str:
+        """The text as a whole: rows do not know where they come from."""
+        return str(self.config.path)
+
     def close(self) -> None:
         """Forget the place in the stream."""
         self._rows = None
@@ -100,23 +113,34 @@ class TextSource:
         return wrap_rows(np.stack(rows), self.tokenizer) if self.config.wrap_rows else np.stack(rows)
 
     def _texts(self, shards: list[str], held_out: bool) -> Iterator[str]:
-        options = BY_NAME
         for shard in shards:
+            bad: list[str] = []
             try:
-                for number, record in enumerate(read_records(shard, options, timeout=self.config.timeout_seconds)):
-                    text = record_text(record, options, f"{shard}, record {number + 1}")
+                for record in read_records(shard, BY_NAME, timeout=self.config.timeout_seconds, whole=True):
+                    try:
+                        text = record_text(record, BY_NAME, record.where)
+                    except BadRecordError as problem:
+                        bad.append(str(problem))
+                        continue
                     word = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
                     if (word < _VALIDATION_SHARE * 2**32) == held_out:
                         yield text
             except (OSError, ValueError) as problem:
                 _log.warning("text shard %s: %s; going on with the next", shard, problem)
+            if bad:
+                _log.warning("text shard %s: left out %d bad records, the first: %s", shard, len(bad), bad[0])
 
     def _pack(self, texts: Iterator[str]) -> Iterator[np.ndarray]:
         length = row_payload(self.config)
         pending: list[int] = []
         for text in texts:
-            pending += self._tokenizer.encode(text)
-            pending.append(self.tokenizer.eos_token_id)
+            try:
+                ids = self._tokenizer.encode(text)
+            except ValueError as problem:
+                _log.warning("left out a document: %s", problem)
+                continue
+            # nothing ends where nothing began
+            pending += [*ids, self.tokenizer.eos_token_id] if ids else []
             whole = len(pending) // length * length
             for start in range(0, whole, length):
                 yield np.array(pending[start : start + length], self.dtype)

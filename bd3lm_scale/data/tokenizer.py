@@ -1,7 +1,8 @@
 """Tokenizers behind one small face: SentencePiece, GPT-2 files, BERT vocab.txt, Hugging Face folders.
 
 Every tokenizer here has a mask id that no text can produce and that is not the padding id. A tokenizer without
-a mask token gets one more id at the end of its vocabulary (GPT-2: V = 50,258, mask = 50,257).
+a mask token gets one more id at the end of its vocabulary (GPT-2: V = 50,258, mask = 50,257). The names of the mask,
+BOS and EOS inside a text are text; where a tokenizer cannot write one of them otherwise, encoding is an error.
 """
 
 import hashlib
@@ -14,10 +15,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from bd3lm_scale.data import sentencepiece_model, tokenizer_json
 from bd3lm_scale.data.shards import TokenizerIdentity
 
 MASK_PIECE = "<mask>"
-_SPACE_SYMBOL = "\u2581"  # what SentencePiece writes for a space
 _GPT2_EOS = "<|endoftext|>"
 _FOLDER_FILES = (
     "tokenizer.model",
@@ -30,7 +31,7 @@ _FOLDER_FILES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Tokenizer:
     """Text to ids and back.
 
@@ -39,6 +40,8 @@ class Tokenizer:
         mask_token_id, bos_token_id, eos_token_id, pad_token_id: special ids; mask differs from all others.
         files: the files it was read from, which `save` copies.
         special_text: how each special id is written when a caller wants to see it.
+        cuts_at_spaces: a text cut before a lone space or newline between visible ASCII characters has the tokens of
+            its two parts. What is not known to have this property is encoded whole.
     """
 
     kind: str
@@ -51,14 +54,27 @@ class Tokenizer:
     special_text: dict[int, str]
     _encode: Callable[[list[str]], list[list[int]]] = field(repr=False)
     _decode: Callable[[list[int]], str] = field(repr=False)
+    cuts_at_spaces: bool = False
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without any special id."""
-        return self._encode([text])[0]
+        """Ids of `text`, without any special id (ValueError where that cannot be done)."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts at once."""
-        return self._encode(list(texts))
+        """Ids of several texts at once, without any special id (ValueError where that cannot be done)."""
+        encoded = self._encode(list(texts))
+        for ids in encoded:
+            if not self._never.isdisjoint(ids):
+                found = next(i for i in ids if i in self._never)
+                raise ValueError(
+                    f"text that this tokenizer writes as its special token {self.special_text.get(found, found)!r}"
+                )
+        return encoded
+
+    @cached_property
+    def _never(self) -> frozenset[int]:
+        """Ids that stand for something else than text."""
+        return frozenset((self.mask_token_id, self.bos_token_id, self.eos_token_id))
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Text of `ids`; special ids are dropped, or written out (as "<mask>") with `keep_special`.
@@ -157,8 +173,9 @@ def _stored_name(kind: str, file: Path) -> str:
 def _sentencepiece(path: Path) -> Tokenizer:
     import sentencepiece
 
+    spec = sentencepiece_model.read_spec(path)
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path), num_threads=1)
+        model = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString(), num_threads=1)
     except (RuntimeError, OSError) as problem:
         raise ValueError(f"tokenizer {path}: not a SentencePiece model ({problem})") from problem
     size = model.get_piece_size()
@@ -170,26 +187,23 @@ def _sentencepiece(path: Path) -> Tokenizer:
     bos = model.bos_id() if model.bos_id() >= 0 else eos
     pad = model.pad_id() if model.pad_id() not in (-1, mask) else eos
     text = {i: model.id_to_piece(i) for i in range(size) if model.is_control(i)} | {mask: MASK_PIECE}
-    space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()]
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        if not any(_SPACE_SYMBOL in text for text in texts):
-            return model.encode(texts)
-        # a literal U+2581 would come back as a space: spell it in bytes
-        encoded = []
-        for text in texts:
-            pieces = [model.encode(part) for part in text.split(_SPACE_SYMBOL)]
-            encoded.append(pieces[0] + [i for piece in pieces[1:] for i in (*space_bytes, *piece)])
-        return encoded
-
-    return Tokenizer("sentencepiece", max(size, mask + 1), mask, bos, eos, pad, (path,), text, encode, model.decode)
+    special = (mask, bos, eos, pad)
+    keeps_text = sentencepiece_model.keeps_text(spec)
+    encode = sentencepiece_model.exact_encoder(model, spec) if keeps_text else model.encode
+    cuts = sentencepiece_model.cuts_at_spaces(spec)
+    return Tokenizer(
+        "sentencepiece", max(size, mask + 1), *special, (path,), text, encode, model.decode, cuts_at_spaces=cuts
+    )
 
 
 def _fast(tokenizer) -> tuple[Callable, Callable]:
     tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as problem:  # the library has no class of its own: a missing unknown token, for instance
+            raise ValueError(f"text that this tokenizer cannot encode ({problem})") from problem
 
     return encode, lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -206,41 +220,51 @@ def _gpt2(folder: Path) -> Tokenizer:
     if eos is None:
         raise ValueError(f"tokenizer {folder}: vocab.json has no {_GPT2_EOS}; is it GPT-2's?")
     text = {eos: _GPT2_EOS, size: MASK_PIECE}
-    return Tokenizer("gpt2", size + 1, size, eos, eos, eos, files, text, *_fast(tokenizer))
+    special = (size, eos, eos, eos)
+    return Tokenizer("gpt2", size + 1, *special, files, text, *_fast(tokenizer), cuts_at_spaces=True)
+
+
+def bert_pieces(path: Path) -> list[str]:
+    """The pieces of a vocab.txt: its lines, which end at newlines and nowhere else."""
+    lines = path.read_bytes().decode("utf-8").split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def _bert(path: Path) -> Tokenizer:
     import tokenizers
 
-    pieces = path.read_text(encoding="utf-8").splitlines()
+    pieces = bert_pieces(path)
     missing = [piece for piece in ("[UNK]", "[CLS]", "[SEP]", "[MASK]") if piece not in pieces]
     if missing:
         raise ValueError(f"tokenizer {path}: vocab.txt lacks {', '.join(missing)}; is it BERT's?")
     # a cased vocabulary says so by holding capitals
     lowercase = not any(re.fullmatch(r"[A-Z][a-z]+", piece) for piece in pieces)
-    # not BertWordPieceTokenizer: that one turns "[MASK]" in a text into the mask
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece.from_file(str(path), unk_token="[UNK]"))
+    # not BertWordPieceTokenizer: that one turns "[MASK]" in a text into the mask; and not from_file, which trims lines
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100)
+    )
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = tokenizers.decoders.WordPiece()
-    ids = {piece: pieces.index(piece) for piece in ("[CLS]", "[SEP]", "[MASK]")}
-    pad = pieces.index("[PAD]") if "[PAD]" in pieces else ids["[SEP]"]
-    text = {ids[piece]: piece for piece in ids} | {pad: pieces[pad]}
-    special = (ids["[MASK]"], ids["[CLS]"], ids["[SEP]"], pad)
-    return Tokenizer("bert", len(pieces), *special, (path,), text, *_fast(tokenizer))
+    pad = vocab.get("[PAD]", vocab["[SEP]"])
+    text = {vocab[piece]: piece for piece in ("[CLS]", "[SEP]", "[MASK]")} | {pad: pieces[pad]}
+    special = (vocab["[MASK]"], vocab["[CLS]"], vocab["[SEP]"], pad)
+    return Tokenizer("bert", len(pieces), *special, (path,), text, *_fast(tokenizer), cuts_at_spaces=True)
 
 
 def _hugging_face(folder: Path) -> Tokenizer:
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    named: dict = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-            named |= {key: value for key, value in content.items() if key.endswith("_token") and value}
+    file = folder / "tokenizer.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        named = tokenizer_json.named_tokens(folder)
+    except Exception as problem:  # the library has no class of its own
+        raise ValueError(
+            f"tokenizer {folder}: not a usable tokenizer.json or tokenizer_config.json ({problem})"
+        ) from problem
 
     def id_of(*keys: str) -> int | None:
         texts = [named[key]["content"] if isinstance(named[key], dict) else named[key] for key in keys if key in named]
@@ -258,7 +282,13 @@ def _hugging_face(folder: Path) -> Tokenizer:
     pad = id_of("pad_token")
     added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     mask = size if mask is None else mask
-    text = {**added, mask: added.get(mask, MASK_PIECE), eos: tokenizer.id_to_token(eos)}
+    bos = eos if bos is None else bos
+    special = (mask, bos, eos, eos if pad in (None, mask) else pad)
+    text = {mask: MASK_PIECE, **{i: tokenizer.id_to_token(i) for i in (bos, eos, mask) if i < size}, **added}
+    out_of_reach = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.without_text(content, {mask, bos, eos})))
+    out_of_reach.no_truncation()
+    out_of_reach.no_padding()
     kept = tuple(folder / name for name in _FOLDER_FILES if (folder / name).exists())
-    special = (mask, eos if bos is None else bos, eos, eos if pad in (None, mask) else pad)
-    return Tokenizer("hugging_face", max(size, mask + 1), *special, kept, text, *_fast(tokenizer))
+    coders = _fast(out_of_reach)
+    cuts = tokenizer_json.is_byte_level(content)
+    return Tokenizer("hugging_face", max(size, mask + 1), *special, kept, text, *coders, cuts_at_spaces=cuts)

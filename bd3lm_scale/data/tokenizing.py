@@ -17,11 +17,16 @@ import numpy as np
 
 from bd3lm_scale.data import documents
 from bd3lm_scale.data.detokenize import DETOKENIZERS
+from bd3lm_scale.data.inputs import fingerprint
 from bd3lm_scale.data.shards import token_dtype
 from bd3lm_scale.data.storage import is_remote
 from bd3lm_scale.data.tokenizer import Tokenizer, load_tokenizer
 
+READING = 2
+"""Changes when the same inputs and options no longer give the same tokens."""
 _UNIT_BYTES = 1 << 20
+# documents of any format go where the first piece of a long text goes
+_HASHED_BYTES = 1 << 20
 _UNIT_RECORDS = 1000
 _UNITS_PER_WORKER = 4
 
@@ -38,7 +43,9 @@ class Preparation:
         options: how files become documents.
         detokenizer: one of DETOKENIZERS, or none.
         insert_eos: end each document with EOS.
+        on_bad_record: "stop" at what is no document, or "skip" and list it.
         shard_tokens, chunk_tokens: tokens per shard and per member.
+        ignored: files beside the inputs that are not read, by kind; for the record only.
     """
 
     inputs: tuple[str, ...]
@@ -48,8 +55,10 @@ class Preparation:
     options: documents.Options = field(default_factory=documents.Options)
     detokenizer: str | None = None
     insert_eos: bool = True
+    on_bad_record: str = "stop"
     shard_tokens: int = 1 << 25
     chunk_tokens: int = 1 << 16
+    ignored: tuple[tuple[str, int], ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -59,9 +68,10 @@ class Preparation:
     def describe(self) -> dict:
         """What the bytes of the result depend on, without the paths of this machine."""
         raw = asdict(self)
+        del raw["ignored"]
         for key in ("inputs", "validation_inputs"):
-            raw[key] = [[os.path.basename(path), file_size(path)] for path in raw[key]]
-        return raw
+            raw[key] = [fingerprint(path) for path in raw[key]]
+        return raw | {"reading": READING}
 
 
 def file_size(path: str) -> int | None:
@@ -76,9 +86,10 @@ class Unit:
     Attributes:
         file, record: where the first one lies.
         next_place: (file, record) of the unit that follows.
-        records: the records.
+        records: the records; none where a file's last unit was full.
         path: the file's name, for messages.
         bytes_read: how much of the file, as stored, had been read for it.
+        ignored: with a file's last unit, what in the file is no document.
     """
 
     file: int
@@ -87,6 +98,7 @@ class Unit:
     records: tuple[documents.Record, ...]
     path: str
     bytes_read: int
+    ignored: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,8 @@ class Tokens:
         lengths: tokens of each record.
         text_bytes: bytes of UTF-8 text.
         starts: whether a document starts here.
-        hashes: 32-bit hashes of the text, as int64.
+        hashes: 32-bit hashes of the beginning of the text, as int64.
+        bad: (record of the unit, kind, reason) of each that is no document; it has no tokens.
     """
 
     ids: np.ndarray
@@ -106,54 +119,108 @@ class Tokens:
     text_bytes: np.ndarray
     starts: np.ndarray
     hashes: np.ndarray
+    bad: tuple[tuple[int, str, str], ...] = ()
 
 
-def cut_units(task: Preparation, place: tuple[int, int] = (0, 0)) -> Iterator[Unit]:
-    """The corpus from the record at `place` on."""
+def cut_units(task: Preparation, place: tuple[int, int] = (0, 0), whole: bool = False) -> Iterator[Unit]:
+    """The corpus from the record at `place` on; `whole`: no document is cut into pieces."""
     for file in range(place[0], len(task.files)):
         path = task.files[file]
         number = place[1] if file == place[0] else 0
         meter = documents.Meter()
-        records = itertools.islice(documents.read_records(path, task.options, meter), number, None)
         batch: list[documents.Record] = []
         size = 0
-        for record in records:
+        for record in itertools.islice(_records(path, task, meter, whole), number, None):
             batch.append(record)
             size += len(record.data)
             if size >= _UNIT_BYTES or len(batch) >= _UNIT_RECORDS:
                 following = number + len(batch)
                 yield Unit(file, number, (file, following), tuple(batch), path, meter.num_bytes)
                 number, batch, size = following, [], 0
-        if batch:
-            yield Unit(file, number, (file + 1, 0), tuple(batch), path, file_size(path) or 0)
+        ignored = tuple(sorted(meter.ignored.items()))
+        yield Unit(file, number, (file + 1, 0), tuple(batch), path, file_size(path) or 0, ignored)
+
+
+def _records(path: str, task: Preparation, meter: documents.Meter, whole: bool) -> Iterator[documents.Record]:
+    """The records of a file; with on_bad_record=skip, damage ends it with a bad record."""
+    try:
+        yield from documents.read_records(path, task.options, meter, whole=whole)
+    except ValueError as problem:
+        if task.on_bad_record == "stop":
+            raise
+        reason = str(problem).removeprefix(f"{path}: ")
+        damage = documents.BadRecordError("damaged file", f"{reason}; nothing behind it was read")
+        yield documents.Record(b"", where="the file", problem=damage)
 
 
 def tokenize(unit: Unit, task: Preparation, tokenizer: Tokenizer) -> Tokens:
-    """Tokens of a unit (ValueError naming file and record for malformed ones)."""
-    texts = [
-        documents.record_text(record, task.options, f"{unit.path}, record {unit.record + i + 1}")
-        for i, record in enumerate(unit.records)
-    ]
-    if task.detokenizer:
-        texts = [DETOKENIZERS[task.detokenizer](text) for text in texts]
-    encoded = tokenizer.encode_batch(texts)
+    """Tokens of a unit (ValueError naming file and record for what is no document, unless such are skipped)."""
+    bad: dict[int, documents.BadRecordError] = {}
+    texts = []
+    for number, record in enumerate(unit.records):
+        text = ""
+        try:
+            text = documents.record_text(record, task.options)
+        except documents.BadRecordError as problem:
+            bad[number] = problem
+        texts.append(DETOKENIZERS[task.detokenizer](text) if task.detokenizer and number not in bad else text)
+    encoded = _encode(texts, tokenizer, bad)
+    if bad and task.on_bad_record == "stop":
+        raise ValueError(_first_bad(unit, bad))
     if task.insert_eos:
-        for record, ids in zip(unit.records, encoded, strict=True):
+        for number, (record, ids) in enumerate(zip(unit.records, encoded, strict=True)):
             # nothing ends where nothing began: an empty document leaves no trace
-            if record.ends_document and (ids or not record.starts_document):
+            if record.ends_document and number not in bad and (ids or not record.starts_document):
                 ids.append(tokenizer.eos_token_id)
     ids = np.fromiter(itertools.chain.from_iterable(encoded), np.int64, sum(map(len, encoded)))
     if ids.size and int(ids.max()) >= tokenizer.vocab_size:
         raise ValueError(f"{unit.path}: token id {int(ids.max())} is outside the vocabulary of {tokenizer.vocab_size}")
-    data = [text.encode() for text in texts]
-    hashes = [int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") for text in data]
+    data = [b"" if number in bad else text.encode() for number, text in enumerate(texts)]
+    hashes = [int.from_bytes(hashlib.blake2b(text[:_HASHED_BYTES], digest_size=4).digest(), "little") for text in data]
     return Tokens(
         ids=ids.astype(token_dtype(tokenizer.vocab_size)),
         lengths=np.array([len(ids) for ids in encoded], np.int64),
         text_bytes=np.array([len(text) for text in data], np.int64),
         starts=np.array([record.starts_document for record in unit.records], bool),
         hashes=np.array(hashes, np.int64),
+        bad=tuple((number, problem.kind, problem.reason) for number, problem in sorted(bad.items())),
     )
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer, bad: dict[int, documents.BadRecordError]) -> list[list[int]]:
+    """Ids of each text; one that the tokenizer cannot write joins the bad ones."""
+    try:
+        return tokenizer.encode_batch(texts)
+    except ValueError:
+        encoded: list[list[int]] = []
+        for number, text in enumerate(texts):
+            try:
+                encoded.append(tokenizer.encode(text))
+            except ValueError as problem:
+                bad[number] = documents.BadRecordError("no tokens for it", str(problem))
+                encoded.append([])
+        return encoded
+
+
+def _first_bad(unit: Unit, bad: dict[int, documents.BadRecordError]) -> str:
+    number = min(bad)
+    return (
+        f"{unit.path}, record {unit.record + number + 1}: {bad[number].reason}; it is {unit.records[number].where}; "
+        "correct it, or leave what is no document out with --on-bad-record skip"
+    )
+
+
+def num_documents(task: Preparation) -> int:
+    """Documents in task.inputs, bad ones included."""
+    if task.on_bad_record == "stop":
+        return sum(documents.count_documents(path, task.options) for path in task.inputs)
+    found = (_records(path, task, documents.Meter(), whole=True) for path in task.inputs)
+    return sum(record.starts_document for records in found for record in records)
+
+
+def must_stay_whole(task: Preparation, tokenizer: Tokenizer) -> bool:
+    """Whether a long text has other tokens in pieces."""
+    return bool(task.detokenizer) or not tokenizer.cuts_at_spaces
 
 
 _in_worker: dict = {}
@@ -178,9 +245,9 @@ def tokenized_units(
         place: (file, record) to begin at.
         workers: processes; 0 tokenizes in this one.
     """
-    units = cut_units(task, place)
+    tokenizer = load_tokenizer(tokenizer_path)
+    units = cut_units(task, place, whole=must_stay_whole(task, tokenizer))
     if workers == 0:
-        tokenizer = load_tokenizer(tokenizer_path)
         yield from ((unit, tokenize(unit, task, tokenizer)) for unit in units)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (task, tokenizer_path))

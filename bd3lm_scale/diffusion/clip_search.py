@@ -1,119 +1,137 @@
-"""The data-driven clipped schedule (paper, Section 5.2), from the times and losses that evaluation has anyway.
+"""The data-driven clipped schedule (paper, Section 5.2), from the masks and losses that evaluation has anyway.
 
-Evaluation draws t ~ U[epsilon, 1]. With l the loss of a block (per token, weight p'/p included), training on
-t ~ U[low, high] uses the same l at other times and no other weight, so
+Given the number k of masked tokens in a block, their places are uniform whatever the noise, so the mean nll u of the
+masked tokens has one law for each k. Evaluation measures its moments E[u | k], E[u^2 | k]; the training noise says how
+often k is masked with which weight (`mask_counts.count_weights`). With l = w u k/S the loss of a block per token,
 
-    Var_{U[low, high]}[l] = mean over t in [low, high] of E[l^2 | t]  -  (mean over t in [low, high] of E[l | t])^2
+    E[l^q] = sum over k of  E[w^q; k] (k/S)^q E[u^q | k]
 
-and the moments E[l | t], E[l^2 | t], kept in bins of t, give the variance under *every* interval at once. Evaluation is
-loglinear, so its t is a mask rate p; another schedule's loss at the same p is p'(t) times as large, so the same
-moments give the variance under every interval of every schedule.
+for every interval of every schedule, with `resample` or without, integrated over the time exactly.
 
-Shapes: B rows, N blocks in a row.
+Off loglinear the total weight E[w p] of a masked token differs by interval, and with it the scale of the loss, to which
+the optimizer is indifferent. So intervals compare by their relative variance Var l / E[w p]^2; under loglinear, whose
+total weight is 1 on every interval, that is the variance itself, the paper's criterion.
+
+Where the network is told the time, E[u | k] is the mean over the times that evaluation had with k: an approximation.
 """
 
 import math
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bd3lm_scale.diffusion.schedule import Schedule
-
-Interval = tuple[float, float]
-
-NUM_BINS = 1000
-"""Bins of t; the edges 0.001, 0.002, ... include those of the paper's grid."""
+from bd3lm_scale.diffusion.mask_counts import count_weights, total_weight
+from bd3lm_scale.diffusion.process import Process
+from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES, get_schedule
+from bd3lm_scale.values import Interval, LossSum, NoisyRows
 
 HYSTERESIS = 0.01
-"""Another interval must have this much less variance, so that rounding never flips the choice."""
+"""Another interval must have this much less relative variance, so that rounding never flips the choice."""
+
+_OCTAVE = 64
+"""Counts below have a bin each; above, bins of 1/64 to 1/32 of their count."""
 
 
-class TimeMoments:
-    """Count, sum and sum of squares of block losses in bins of their diffusion time.
-
-    Times must be uniform on [epsilon, 1]; or all 1, as in the exact evaluation of blocks of one token.
+@dataclass(frozen=True)
+class LossMoments:
+    """A block's loss in training, in nats per token of the block, under one clip interval.
 
     Attributes:
-        epsilon: smallest time drawn.
-        sums: float64 (3, NUM_BINS).
+        mean, variance: over the training noise and the text; nan where they are unknown.
+        stderr: standard error of the variance over the blocks that were measured.
+        weight: the schedule's total weight E[w p] on the interval.
     """
 
-    def __init__(self, epsilon: float) -> None:
-        self.epsilon = epsilon
-        self.sums = torch.zeros(3, NUM_BINS, dtype=torch.float64)
+    mean: float
+    variance: float
+    stderr: float
+    weight: float
 
-    def accumulate(self, time_BN: Tensor, block_loss_BN: Tensor, is_real_B: Tensor | None = None) -> None:
-        """Add the blocks of a micro-batch; rows that are not real are left out."""
-        time_BN, loss_BN = time_BN.detach().double().cpu(), block_loss_BN.detach().double().cpu()
-        if is_real_B is not None:
-            keep = is_real_B.cpu()
-            time_BN, loss_BN = time_BN[keep], loss_BN[keep]
-        bin_index = (time_BN.flatten() * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-        loss = loss_BN.flatten()
-        for row, values in enumerate((torch.ones_like(loss), loss, loss * loss)):
-            self.sums[row].index_add_(0, bin_index, values)
+    @property
+    def relative(self) -> float:
+        """Variance in units of the total weight, the criterion of the search; nan where unknown."""
+        return self.variance / self.weight**2
+
+
+class CountMoments:
+    """Moments of the mean nll of a block's masked tokens, by how many are masked.
+
+    Attributes:
+        block_size: S.
+        sums: float64 (5, bins), sums of u^0 ... u^4.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.sums = torch.zeros(5, int(_bin_of(torch.tensor(block_size))) + 1, dtype=torch.float64)
+
+    def accumulate(self, noisy: NoisyRows, loss: LossSum) -> None:
+        """Add the blocks of an evaluated micro-batch (loglinear, weight 1/t); rows that are not real are left out."""
+        keep = noisy.is_real_B.cpu()
+        count, time = noisy.masked_count_BN.cpu()[keep].flatten(), noisy.time_BN.double().cpu()[keep].flatten()
+        block_loss = loss.block_loss_BN.detach().double().cpu()[keep].flatten()
+        mean_nll = block_loss * time * self.block_size / count.clamp(min=1)
+        self.sums.index_add_(1, _bin_of(count), mean_nll ** torch.arange(5)[:, None])
 
     def as_tensor(self) -> Tensor:
         """The sums, to all-reduce or save; a copy."""
         return self.sums.clone()
 
     @staticmethod
-    def from_tensor(sums: Tensor, epsilon: float) -> "TimeMoments":
+    def from_tensor(sums: Tensor, block_size: int) -> "CountMoments":
         """Moments whose sums are given (summed over ranks, or loaded)."""
-        moments = TimeMoments(epsilon)
-        moments.sums = sums.detach().double().cpu().clone()
+        moments = CountMoments(block_size)
+        moments.sums = sums.detach().double().cpu().reshape(moments.sums.shape).clone()
         return moments
 
-    def variance(self, interval: Interval, schedule: Schedule | None = None) -> float:
-        """Variance of a block's loss when its time is uniform on `interval` (unbiased; nan with fewer than 2 blocks).
+    def loss(self, interval: Interval, process: Process) -> LossMoments:
+        """Mean and unbiased variance of a block's loss when training clips to `interval`.
 
-        An edge inside a bin counts the bin in proportion. Equal ends stand for the bin that holds them.
+        Counts that were never seen take the moments of their neighbors, by linear interpolation.
 
         Args:
-            interval: (low, high) in the schedule's own time.
-            schedule: of the training that is asked about; default: the one that the moments were measured under.
+            interval: (low, high) in the process's time.
+            process: of the training that is asked about; block size, schedule and noise.
         """
-        if schedule is None or schedule.name == "loglinear":
-            share, covered = self._share(interval).expand(3, -1), 1.0
-        else:
-            share, covered = self._share_under(interval, schedule)
-        count = float((self.sums[0] * share[1]).sum())
-        if count < 1.5:
-            return math.nan
-        norm, total, squares = (self.sums * share).sum(1).tolist()
-        mean, square = covered * total / norm, covered * squares / norm
-        return max(0.0, square - mean**2) * count / (count - 1)
+        return self._combine(count_weights(process, interval), total_weight(process, interval))
 
-    def _share(self, interval: Interval) -> Tensor:
-        """How much of each bin's times lies in the interval, float64 (NUM_BINS,)."""
-        low, high = interval
-        if high <= low:
-            return (torch.arange(NUM_BINS) == min(int(low * NUM_BINS), NUM_BINS - 1)).double()
-        left, right = self._edges()
-        inside = (right.clamp(max=high) - left.clamp(min=low)).clamp(min=0.0)
-        return inside / (right - left).clamp(min=1e-12)
+    def _combine(self, law: Tensor, total: float) -> LossMoments:
+        seen = self.sums[0] > 0
+        seen[0] = False  # nothing is masked there: the loss is 0
+        if self.sums[0].sum() < 2 or not seen.any() or not bool(law.isfinite().all()):
+            return LossMoments(math.nan, math.nan, math.nan, total)
+        share = torch.arange(self.block_size + 1, dtype=torch.float64) / self.block_size
+        weight = torch.zeros(3, len(seen), dtype=torch.float64)
+        weight.index_add_(1, _bin_of(torch.arange(self.block_size + 1)), law * share ** torch.arange(3)[:, None])
+        u1, u2, u3, u4 = _interpolate(self.sums[1:] / self.sums[0], seen)
+        number = self.sums[0].clamp(min=1.0)
+        several = seen & (number > 1)
+        mean, square = float((weight[1] * u1).sum()), float((weight[2] * u2).sum())
+        if not several.any():
+            return LossMoments(mean, math.nan, math.nan, total)
+        covariance = torch.stack([u2 - u1 * u1, u3 - u1 * u2, u4 - u2 * u2]) * (number / (number - 1))
+        s11, s12, s22 = _interpolate(covariance, several).clamp(min=0.0) / number
+        # the square of an estimated mean is too large by the estimate's own variance
+        variance = square - mean**2 + float((weight[1].square() * s11).sum())
+        # to first order the estimate moves with  w2 u^2 - 2 E[l] w1 u  of each block
+        spread = weight[2].square() * s22 - 4 * mean * weight[1] * weight[2] * s12
+        spread += 4 * mean**2 * weight[1].square() * s11
+        return LossMoments(mean, max(0.0, variance), math.sqrt(max(0.0, float(spread.sum()))), total)
 
-    def _share_under(self, interval: Interval, schedule: Schedule) -> tuple[Tensor, float]:
-        """For powers q = 0, 1, 2 the integral over each bin of p'^q dt per width of the bin, and the share of the
-        interval's time in which p rises (elsewhere the loss is 0).
 
-        A measured loss l at mask rate p stands for p' l under the schedule, and dp = p' dt.
-        """
-        ends = torch.tensor(interval, dtype=torch.float64)
-        low, high = schedule.mask_rate(ends).tolist()
-        left, right = self._edges()
-        inside_left, inside_right = left.clamp(low, high), right.clamp(low, high)
-        width = (right - left).clamp(min=1e-12)
-        middle = schedule.time_of((inside_left + inside_right) / 2)
-        time = schedule.time_of(inside_right) - schedule.time_of(inside_left)
-        rate = inside_right - inside_left
-        share = torch.stack([time, rate, rate * schedule.mask_rate_slope(middle)]) / width
-        return share, float(time.sum()) / (interval[1] - interval[0])
+def _bin_of(count: Tensor) -> Tensor:
+    """Bin of each count: itself below 64, then 32 bins to the octave."""
+    octave = (count.double() / _OCTAVE).clamp(min=0.5).log2().floor().long() + 1
+    half = _OCTAVE // 2
+    return torch.where(octave > 0, half * (octave + 1) + (count >> octave) - half, count)
 
-    def _edges(self) -> tuple[Tensor, Tensor]:
-        """Left and right edge of each bin; no time lies below epsilon."""
-        edges = torch.arange(NUM_BINS + 1, dtype=torch.float64) / NUM_BINS
-        return edges[:-1].clamp(min=self.epsilon), edges[1:].clamp(min=self.epsilon)
+
+def _interpolate(values: Tensor, known: Tensor) -> Tensor:
+    """Rows of values by bin, unknown ones from the known ones beside them."""
+    bins, places = np.arange(values.shape[1]), torch.nonzero(known).flatten().numpy()
+    return torch.from_numpy(np.stack([np.interp(bins, places, row[known].numpy()) for row in values]))
 
 
 def candidate_intervals(widths: tuple[float, ...], step: float, epsilon: float, block_size: int) -> list[Interval]:
@@ -121,83 +139,57 @@ def candidate_intervals(widths: tuple[float, ...], step: float, epsilon: float, 
 
     For blocks of one token only the full interval and (1, 1), the exact likelihood, are of interest.
     """
-    full = (epsilon, 1.0)
+    full = Interval(epsilon, 1.0)
     if block_size == 1:
-        return [full, (1.0, 1.0)]
+        return [full, Interval(1.0, 1.0)]
     intervals = [full]
     for width in widths:
         places = int((1.0 - width) / step + 1e-9) + 1
         for place in range(places):
             low = round(place * step, 12)
-            intervals.append((max(low, epsilon), min(1.0, round(low + width, 12))))
+            intervals.append(Interval(max(low, epsilon), min(1.0, round(low + width, 12))))
     return list(dict.fromkeys(intervals))
 
 
-def variance_table(
-    moments: TimeMoments,
+def loss_table(
+    moments: CountMoments,
+    process: Process,
     widths: tuple[float, ...],
     step: float,
-    block_size: int,
     current: Interval | None = None,
-    schedule: Schedule | None = None,
-) -> dict[Interval, float]:
-    """Variance of the block loss under every candidate interval, and under the one in force.
+    schedule: str | None = None,
+) -> dict[Interval, LossMoments]:
+    """A block's loss under every candidate interval, and under the one in force.
 
     Args:
         moments: from an evaluation.
+        process: of the training.
         widths, step: of the grid.
-        block_size: S.
         current: the interval in force.
-        schedule: of the training; default loglinear.
+        schedule: name of another schedule than the process's.
     """
-    intervals = candidate_intervals(widths, step, moments.epsilon, block_size)
-    if block_size == 1:
-        return _single_token_table(moments, intervals, schedule)
-    if current is not None and current not in intervals:
+    if schedule is not None and schedule != process.schedule.name:
+        assert schedule in SCHEDULE_NAMES
+        process = replace(process, schedule=get_schedule(schedule))
+    intervals = candidate_intervals(widths, step, process.time_epsilon, process.block_size)
+    if current is not None and process.block_size > 1 and current not in intervals:
         intervals.append(current)
-    return {interval: moments.variance(interval, schedule) for interval in intervals}
+    return {interval: moments.loss(interval, process) for interval in intervals}
 
 
-def _single_token_table(
-    moments: TimeMoments, intervals: list[Interval], schedule: Schedule | None
-) -> dict[Interval, float]:
-    """Blocks of one token, from their exact losses at t = 1.
-
-    At time t the loss is nll * p'/p with probability p, so E[l^2 | t] = E[nll^2] p'^2/p; for loglinear the mean of
-    1/t over [epsilon, 1] is ln(1/epsilon) / (1 - epsilon). E[l] = E[nll] times the share of [0, 1] that p covers.
-    """
-    count, total, squares = moments.sums[:, -1].tolist()
-    if count < 1.5:
-        return dict.fromkeys(intervals, math.nan)
-    mean, square = total / count, squares / count
-    correction = count / (count - 1)
-    first, second = _weight_moments(moments.epsilon, schedule)
-    full, exact = intervals
-    return {
-        full: (square * second - (mean * first) ** 2) * correction,
-        exact: (square - mean**2) * correction,
-    }
-
-
-def _weight_moments(epsilon: float, schedule: Schedule | None) -> tuple[float, float]:
-    """Means over t ~ U[epsilon, 1] of w p and w^2 p, w = p'/p."""
-    if schedule is None or schedule.name == "loglinear":
-        return 1.0, math.log(1.0 / epsilon) / (1.0 - epsilon)
-    points = 200_000
-    time = epsilon + (1.0 - epsilon) * (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    slope = schedule.mask_rate_slope(time)
-    return float(slope.mean()), float((slope.square() / schedule.mask_rate(time)).mean())
-
-
-def choose_interval(table: dict[Interval, float], current: Interval) -> Interval:
-    """The interval of least variance; `current` stays unless another is better by more than 1%.
+def choose_interval(table: dict[Interval, LossMoments], current: Interval) -> Interval:
+    """The interval of least relative variance; `current` stays unless another is better by more than 1%.
 
     Intervals of unknown variance (nan) are never chosen; with no known one, `current` stays.
     """
-    known = {interval: variance for interval, variance in table.items() if math.isfinite(variance)}
-    if not known:
+    best = least_noisy(table)
+    if best is None:
         return current
-    best = min(known, key=lambda interval: known[interval])
-    if current in known and known[best] >= known[current] * (1.0 - HYSTERESIS):
-        return current
-    return best
+    in_force = table[current].relative if current in table else math.nan
+    return current if table[best].relative >= in_force * (1.0 - HYSTERESIS) else best
+
+
+def least_noisy(table: dict[Interval, LossMoments]) -> Interval | None:
+    """The interval of least relative variance; None where no variance is known."""
+    known = [interval for interval, loss in table.items() if math.isfinite(loss.relative)]
+    return min(known, key=lambda interval: table[interval].relative, default=None)

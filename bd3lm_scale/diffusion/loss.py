@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from bd3lm_scale.diffusion.noising import Process
+from bd3lm_scale.diffusion.process import Process
 from bd3lm_scale.values import HeadRows, LossSum, NoisyRows
 
 

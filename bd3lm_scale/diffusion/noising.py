@@ -6,95 +6,28 @@ row's noise does not depend on which rank or micro-batch holds it, and a GPU run
 Shapes: B rows, L tokens in a row, N blocks in a row, S tokens in a block (L = N*S), P positions the model reads.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from bd3lm_scale.config.schema import DiffusionConfig
+from bd3lm_scale.diffusion.mask_counts import (
+    allowed_counts,
+    binomial_rates,
+    binomial_weights,
+    stratified_counts,
+    stratified_weights,
+)
+from bd3lm_scale.diffusion.process import Process
 from bd3lm_scale.diffusion.schedule import Schedule, get_schedule
 from bd3lm_scale.diffusion.times import draw_times, evaluation_times
 from bd3lm_scale.rng import derive_key, mix64, random_words
-from bd3lm_scale.values import NoisyRows, Rows
+from bd3lm_scale.values import Interval, NoisyRows, Rows
 
 _MAX_REDRAWS = 10_000
 
 
-@dataclass(frozen=True)
-class Process:
-    """The forward process of one objective.
-
-    Attributes:
-        objective: bd3lm | mdlm | ar | sedd.
-        context_length, block_size: L and S; S is L for mdlm, sedd and (one "block" of text) ar.
-        vocab_size: V, ids including the mask, without padding ids.
-        mask_token_id: the mask.
-        schedule: mask rate and loss weight.
-        ignore_bos: keep each row's first token clean and leave it out of evaluation.
-        time_epsilon: smallest time.
-        time_conditioning: whether sigma reaches the network.
-        resample: redraw blocks whose masked share leaves the clip interval.
-    """
-
-    objective: str
-    context_length: int
-    block_size: int
-    vocab_size: int
-    mask_token_id: int
-    schedule: Schedule
-    ignore_bos: bool
-    time_epsilon: float
-    time_conditioning: bool
-    resample: bool
-
-    @property
-    def num_blocks(self) -> int:
-        """N, blocks (and so diffusion times) in a row."""
-        return self.context_length // self.block_size
-
-    def training_interval(self, low: float, high: float) -> tuple[float, float]:
-        """The interval that training times come from: [max(low, time_epsilon), high]."""
-        return max(low, self.time_epsilon), high
-
-    def evaluation_interval(self) -> tuple[float, float]:
-        """Where evaluation times come from: (time_epsilon, 1); blocks of one token are exact at (1, 1)."""
-        is_exact = self.objective == "bd3lm" and self.block_size == 1
-        return (1.0, 1.0) if is_exact else (self.time_epsilon, 1.0)
-
-
-def make_process(config: DiffusionConfig, context_length: int, vocab_size: int, mask_token_id: int) -> Process:
-    """The process that a configuration describes.
-
-    Raises:
-        ValueError: unknown objective or schedule, or a block size that does not divide the context length.
-    """
-    objective = config.objective
-    if objective not in ("bd3lm", "mdlm", "ar", "sedd"):
-        raise ValueError(f"diffusion.objective ({objective}): use bd3lm, mdlm, ar or sedd")
-    block_size = config.block_size if objective == "bd3lm" else context_length
-    if block_size < 1 or context_length % block_size:
-        raise ValueError(
-            f"diffusion.block_size ({block_size}): must divide data.context_length ({context_length}); "
-            "use a divisor of it"
-        )
-    conditioned = objective == "sedd" if config.time_conditioning is None else config.time_conditioning
-    return Process(
-        objective=objective,
-        context_length=context_length,
-        block_size=block_size,
-        vocab_size=vocab_size,
-        mask_token_id=mask_token_id,
-        schedule=get_schedule(config.schedule, config.mdlm_loss_scale),
-        ignore_bos=config.ignore_bos and objective != "ar",
-        time_epsilon=config.time_epsilon,
-        time_conditioning=conditioned and objective != "ar",
-        resample=config.resample,
-    )
-
-
 def noise_rows(
-    rows: Rows, process: Process, *, seed: int, step: int, global_batch_size: int, interval: tuple[float, float]
+    rows: Rows, process: Process, *, seed: int, step: int, global_batch_size: int, interval: Interval
 ) -> NoisyRows:
     """Noise a training micro-batch; a pure function of (seed, step, position in the global batch).
 
@@ -108,17 +41,22 @@ def noise_rows(
     """
     if process.objective == "ar":
         return _next_token_rows(rows, process)
-    interval = process.training_interval(*interval)
-    time_BN = draw_times(seed, step, rows.position_B, process.num_blocks, global_batch_size, interval)
+    times = process.training_times(*interval)
+    time_BN = draw_times(seed, step, rows.position_B, process.num_blocks, global_batch_size, times)
     keys = [derive_key(seed, "train masks", step, p) for p in rows.position_B.tolist()]
+    if process.mask_counts == "stratified":
+        is_masked_BL = _draw_counted_masks(keys, stratified_counts(time_BN, process), process)
+        weight_BN = stratified_weights(time_BN, process)
+        return _assemble(rows, is_masked_BL, time_BN, weight_BN, process.schedule, process, training=True)
     is_masked_BL = _draw_masks(keys, time_BN, process.schedule, process)
-    if process.resample and interval != (process.time_epsilon, 1.0):
+    if process.resample:
         is_masked_BL = _resample(is_masked_BL, keys, time_BN, interval, process)
-    return _assemble(rows, is_masked_BL, time_BN, process.schedule, process, training=True)
+    weight_BN = binomial_weights(time_BN, process.schedule)
+    return _assemble(rows, is_masked_BL, time_BN, weight_BN, process.schedule, process, training=True)
 
 
 def noise_rows_for_evaluation(
-    rows: Rows, process: Process, *, seed: int, draw: int, num_rows: int, interval: tuple[float, float] | None = None
+    rows: Rows, process: Process, *, seed: int, draw: int, num_rows: int, interval: Interval | None = None
 ) -> NoisyRows:
     """Noise validation rows: the same for a given (seed, draw, row) whatever the batch size or device count.
 
@@ -136,10 +74,12 @@ def noise_rows_for_evaluation(
     if process.objective == "ar":
         return _next_token_rows(rows, process)
     schedule = process.schedule if process.schedule.name == "loglinear" else get_schedule("loglinear")
-    interval = process.evaluation_interval() if interval is None else process.training_interval(*interval)
+    interval = process.evaluation_interval() if interval is None else Interval(*interval).floored(process.time_epsilon)
     time_BN = evaluation_times(seed, draw, rows.position_B, process.num_blocks, num_rows, interval)
     keys = [derive_key(seed, "evaluation masks", draw, row) for row in rows.position_B.tolist()]
-    return _assemble(rows, _draw_masks(keys, time_BN, schedule, process), time_BN, schedule, process, training=False)
+    is_masked_BL = _draw_masks(keys, time_BN, schedule, process)
+    weight_BN = binomial_weights(time_BN, schedule)
+    return _assemble(rows, is_masked_BL, time_BN, weight_BN, schedule, process, training=False)
 
 
 def given_noise(clean_BL: Tensor, noisy_BL: Tensor, time_BN: Tensor, process: Process, training: bool) -> NoisyRows:
@@ -148,37 +88,39 @@ def given_noise(clean_BL: Tensor, noisy_BL: Tensor, time_BN: Tensor, process: Pr
     if process.objective == "ar":
         return _next_token_rows(rows, process)
     is_masked_BL = noisy_BL == process.mask_token_id
-    return _assemble(rows, is_masked_BL, time_BN.double(), process.schedule, process, training)
+    time_BN = time_BN.double()
+    weight_BN = binomial_weights(time_BN, process.schedule)
+    return _assemble(rows, is_masked_BL, time_BN, weight_BN, process.schedule, process, training)
 
 
 def _draw_masks(keys: list[int], time_BN: Tensor, schedule: Schedule, process: Process) -> np.ndarray:
     """Independent masks at each block's mask rate, bool (B, L). Rates are thresholds on 53-bit integers."""
-    # t = 1 means "everything", also where a schedule's rate stops short of 1
-    rate_BN = torch.where(time_BN >= 1.0, 1.0, schedule.mask_rate(time_BN))
-    threshold_BN = (rate_BN.numpy() * 2.0**53).astype(np.uint64)
+    threshold_BN = (binomial_rates(time_BN, schedule).numpy() * 2.0**53).astype(np.uint64)
     words_BL = np.stack([random_words(key, process.context_length) for key in keys]) >> np.uint64(11)
     return words_BL < np.repeat(threshold_BN, process.block_size, axis=1)
 
 
-def _resample(
-    is_masked_BL: np.ndarray, keys: list[int], time_BN: Tensor, interval: tuple[float, float], process: Process
-) -> np.ndarray:
-    """Redraw whole blocks, at the same time, until their masked share lies in the clip interval.
+def _draw_counted_masks(keys: list[int], count_BN: Tensor, process: Process) -> np.ndarray:
+    """As many masks as told in each block, every set of places equally likely, bool (B, L)."""
+    words_BL = np.stack([random_words(key, process.context_length) for key in keys])
+    rank_BNS = words_BL.reshape(*count_BN.shape, process.block_size).argsort(axis=2).argsort(axis=2)
+    return (rank_BNS < count_BN.numpy()[:, :, None]).reshape(words_BL.shape)
 
-    A bound at the end of the full range (low = time_epsilon, high = 1) is not enforced.
-    """
-    size = process.block_size
-    low = 0.0 if interval[0] <= process.time_epsilon else interval[0]
-    high = interval[1]
-    if not any(low <= count / size <= high for count in range(size + 1)):
+
+def _resample(
+    is_masked_BL: np.ndarray, keys: list[int], time_BN: Tensor, interval: Interval, process: Process
+) -> np.ndarray:
+    """Redraw whole blocks, at the same time, until their number of masked tokens is an allowed one."""
+    size, (first, last) = process.block_size, allowed_counts(process, interval)
+    if last < max(first, 1):
         raise ValueError(
-            f"diffusion.resample (true): no number of masked tokens in a block of {size} gives a share in "
-            f"[{low}, {high}]; use resample=false or another clip interval"
+            f"diffusion.resample (true): no number of masked tokens above 0 in a block of {size} gives a share in "
+            f"[{interval[0]}, {interval[1]}]; use resample=false or another clip interval"
         )
     blocks_BNS = is_masked_BL.reshape(len(keys), process.num_blocks, size)
     for attempt in range(1, _MAX_REDRAWS):
-        share_BN = blocks_BNS.mean(axis=2)
-        outside_BN = (share_BN < low) | (share_BN > high)
+        count_BN = blocks_BNS.sum(axis=2)
+        outside_BN = (count_BN < first) | (count_BN > last)
         if not outside_BN.any():
             return blocks_BNS.reshape(is_masked_BL.shape)
         again = np.flatnonzero(outside_BN.any(axis=1))
@@ -186,14 +128,21 @@ def _resample(
         fresh = _draw_masks(fresh_keys, time_BN[again], process.schedule, process)
         fresh_BNS = fresh.reshape(len(again), process.num_blocks, size)
         blocks_BNS[again] = np.where(outside_BN[again][:, :, None], fresh_BNS, blocks_BNS[again])
-    raise RuntimeError(f"diffusion.resample: masked shares still outside [{low}, {high}] after {_MAX_REDRAWS} redraws")
+    raise RuntimeError(f"diffusion.resample: still not {first} to {last} masked tokens after {_MAX_REDRAWS} redraws")
 
 
 def _assemble(
-    rows: Rows, is_masked_BL: np.ndarray | Tensor, time_BN: Tensor, schedule: Schedule, process: Process, training: bool
+    rows: Rows,
+    is_masked_BL: np.ndarray | Tensor,
+    time_BN: Tensor,
+    weight_BN: Tensor,
+    schedule: Schedule,
+    process: Process,
+    training: bool,
 ) -> NoisyRows:
     clean_BL, is_real_B1 = rows.tokens_BL, rows.is_real_B[:, None]
     is_masked_BL = torch.as_tensor(is_masked_BL).clone()
+    count_BN = is_masked_BL.reshape(*time_BN.shape, process.block_size).sum(dim=2)
     counts_BL = is_real_B1.expand_as(clean_BL).clone()
     if process.ignore_bos:
         is_masked_BL[:, 0] = False
@@ -201,8 +150,6 @@ def _assemble(
         counts_BL[:, 0] &= training
     noisy_BL = torch.where(is_masked_BL, process.mask_token_id, clean_BL)
     is_scored_BL = is_masked_BL & is_real_B1
-    # at t = 1 in all blocks everything is masked and each block is predicted from clean context: a plain likelihood
-    weight_BN = torch.where(time_BN >= 1.0, 1.0, schedule.loss_weight(time_BN))
     weight_BL = weight_BN.repeat_interleave(process.block_size, dim=1) * is_scored_BL
     sigma_B = schedule.sigma(time_BN[:, 0]) if process.time_conditioning else torch.zeros(len(clean_BL))
     return NoisyRows(
@@ -212,6 +159,7 @@ def _assemble(
         weight_BL=weight_BL.float(),
         counts_BL=counts_BL,
         time_BN=time_BN,
+        masked_count_BN=count_BN,
         sigma_B=sigma_B.float(),
         position_B=rows.position_B,
         is_real_B=rows.is_real_B,
@@ -230,6 +178,7 @@ def _next_token_rows(rows: Rows, process: Process) -> NoisyRows:
         weight_BL=is_scored_BL.float(),
         counts_BL=is_scored_BL,
         time_BN=torch.zeros(num_rows, process.num_blocks, dtype=torch.float64),
+        masked_count_BN=torch.zeros(num_rows, process.num_blocks, dtype=torch.int64),
         sigma_B=torch.zeros(num_rows),
         position_B=rows.position_B,
         is_real_B=rows.is_real_B,

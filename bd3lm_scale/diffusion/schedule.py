@@ -50,11 +50,6 @@ def sigma_from_mask_rate(mask_rate: Tensor) -> Tensor:
     return (-torch.log1p(-mask_rate)).clamp(max=MAX_SIGMA)
 
 
-def mask_rate_from_sigma(sigma: Tensor) -> Tensor:
-    """Inverse of `sigma_from_mask_rate` below its cap: p = 1 - exp(-sigma)."""
-    return -torch.expm1(-sigma)
-
-
 def _linear(name: str, slope: float) -> Schedule:
     return Schedule(name, lambda t: slope * t, lambda t: torch.full_like(t, slope), lambda p: p / slope)
 

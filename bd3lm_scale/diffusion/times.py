@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from bd3lm_scale.rng import derive_key, permute, uniforms
+from bd3lm_scale.values import Interval
 
 
 def draw_times(
-    seed: int, step: int, position_B: Tensor, num_blocks: int, global_batch_size: int, interval: tuple[float, float]
+    seed: int, step: int, position_B: Tensor, num_blocks: int, global_batch_size: int, interval: Interval
 ) -> Tensor:
     """Training times, float64 (B, N), uniform on `interval`.
 
@@ -31,15 +32,13 @@ def draw_times(
     return _stratified(seed, "train", step, position_B, num_blocks, global_batch_size, interval)
 
 
-def evaluation_times(
-    seed: int, draw: int, row_B: Tensor, num_blocks: int, num_rows: int, interval: tuple[float, float]
-) -> Tensor:
+def evaluation_times(seed: int, draw: int, row_B: Tensor, num_blocks: int, num_rows: int, interval: Interval) -> Tensor:
     """Times for noise draw number `draw` of validation rows `row_B` out of num_rows, float64 (B, N)."""
     return _stratified(seed, "evaluation", draw, row_B, num_blocks, num_rows, interval)
 
 
 def _stratified(
-    seed: int, use: str, round_: int, row_B: Tensor, num_blocks: int, num_rows: int, interval: tuple[float, float]
+    seed: int, use: str, round_: int, row_B: Tensor, num_blocks: int, num_rows: int, interval: Interval
 ) -> Tensor:
     size = num_rows * num_blocks
     row_index_B = row_B.cpu().numpy().astype(np.int64) % num_rows

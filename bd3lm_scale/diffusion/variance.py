@@ -6,7 +6,7 @@ Nothing here knows about ranks; sums are additive over parameter shards, so call
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch import Tensor
 class Spread:
     """Mean and unbiased variance of repeated measurements, with the standard error of each.
 
-    The error of the variance holds for any distribution: sqrt((m4 - var^2 (k-3)/(k-1)) / k), m4 the fourth moment.
+    The error of the variance is sqrt((m4 - var^2 (k-3)/(k-1)) / k), m4 the fourth moment, and no less than for a normal
+    distribution, var sqrt(2/(k-1)): few draws underrate m4. What they cannot have met at all is `with_unseen`.
     """
 
     mean: float
@@ -24,6 +25,14 @@ class Spread:
     mean_stderr: float
     variance_stderr: float
     count: int
+
+    def with_unseen(self, share: float) -> "Spread":
+        """The same where a share of the variance lies in a tail that the draws are likely to have missed."""
+        return replace(self, variance_stderr=_with_unseen(self.variance, self.variance_stderr, share))
+
+
+def _with_unseen(variance: float, stderr: float, share: float) -> float:
+    return math.hypot(stderr, variance * share / (1.0 - share)) if share < 1.0 else math.inf
 
 
 def spread(values: Tensor) -> Spread:
@@ -35,6 +44,7 @@ def spread(values: Tensor) -> Spread:
     mean, variance = float(values.mean()), float(values.var())
     fourth = float((values - mean).pow(4).mean())
     error = math.sqrt(max(0.0, fourth - variance**2 * (count - 3) / (count - 1)) / count)
+    error = max(error, variance * math.sqrt(2.0 / (count - 1)))
     return Spread(mean, variance, math.sqrt(variance / count), error, count)
 
 
@@ -44,15 +54,22 @@ class GradientSpread:
 
     Attributes:
         variance: trace of the gradient's covariance, E|g - E g|^2 (unbiased).
+        variance_stderr: its standard error, from the spread of the squared distances to the first draw; nan with
+            fewer than 3 draws.
         mean_norm: |E g|, with the variance of the mean taken off its square (0 where noise hides it).
         count: noise draws.
         flops_per_draw: cost of one draw (forward and backward of the batch).
     """
 
     variance: float
+    variance_stderr: float
     mean_norm: float
     count: int
     flops_per_draw: float
+
+    def with_unseen(self, share: float) -> "GradientSpread":
+        """The same where a share of the variance lies in a tail that the draws are likely to have missed."""
+        return replace(self, variance_stderr=_with_unseen(self.variance, self.variance_stderr, share))
 
     @property
     def noise_to_signal(self) -> float:
@@ -80,7 +97,7 @@ class GradientMoments:
     def __init__(self) -> None:
         self._first: list[Tensor] = []
         self._difference: list[Tensor] = []
-        self._squares = 0.0
+        self._squares: list[float] = []
         self.count = 0
 
     def add(self, gradients: Iterable[Tensor]) -> None:
@@ -89,26 +106,29 @@ class GradientMoments:
             self._first = [g.detach().float().clone() for g in gradients]
             self._difference = [torch.zeros_like(g) for g in self._first]
         else:
+            square = 0.0
             for first, difference, gradient in zip(self._first, self._difference, gradients, strict=True):
                 delta = gradient.detach().float() - first
                 difference += delta
-                self._squares += float(delta.double().square().sum())
+                square += float(delta.double().square().sum())
+            self._squares.append(square)
         self.count += 1
 
     def as_tensor(self) -> Tensor:
-        """float64 (3,): sum of |d|^2, |sum of d|^2, |mean g|^2, with d = g - g_1; add them over shards."""
+        """float64 (2 + draws - 1,): |sum of d|^2, |mean g|^2, each |d|^2, with d = g - g_1; add them over shards."""
         mean = [
             f.double() + d.double() / max(self.count, 1) for f, d in zip(self._first, self._difference, strict=True)
         ]
         difference_norm = sum(float(d.double().square().sum()) for d in self._difference)
         mean_norm = sum(float(m.square().sum()) for m in mean)
-        return torch.tensor([self._squares, difference_norm, mean_norm], dtype=torch.float64)
+        return torch.tensor([difference_norm, mean_norm, *self._squares], dtype=torch.float64)
 
     def result(self, sums: Tensor | None = None, flops_per_draw: float = math.nan) -> GradientSpread:
         """The spread; `sums` is `as_tensor()` summed over shards, by default this object's own."""
         if self.count < 2:
             raise ValueError(f"gradient variance from {self.count} draws is undefined; use at least 2")
-        squares, difference_norm, mean_norm = (self.as_tensor() if sums is None else sums).tolist()
-        variance = max(0.0, squares - difference_norm / self.count) / (self.count - 1)
+        difference_norm, mean_norm, *squares = (self.as_tensor() if sums is None else sums).tolist()
+        variance = max(0.0, sum(squares) - difference_norm / self.count) / (self.count - 1)
         signal = max(0.0, mean_norm - variance / self.count)
-        return GradientSpread(variance, math.sqrt(signal), self.count, flops_per_draw)
+        error = math.sqrt(float(torch.tensor(squares).var()) / self.count) if self.count > 2 else math.nan
+        return GradientSpread(variance, error, math.sqrt(signal), self.count, flops_per_draw)

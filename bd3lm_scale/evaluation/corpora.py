@@ -24,8 +24,6 @@ from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.log import set_up_logging
 
 HELD_OUT = "heldout"
-PAPER_CORPORA = ("ptb", "wikitext", "lm1b", "lambada", "ag_news", "pubmed", "arxiv")
-"""Names of the paper's Table 5, in its order; docs/evaluation.md says how each is prepared."""
 
 
 def parse_corpora(texts: Sequence[str]) -> dict[str, str | None]:

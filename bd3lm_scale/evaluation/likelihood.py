@@ -21,6 +21,7 @@ from bd3lm_scale.parallel.mesh import shutdown
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.log import set_up_logging
 from bd3lm_scale.validation import Validation, validate
+from bd3lm_scale.values import Interval
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +90,7 @@ def evaluate(loaded: Loaded, split: str = "validation", rows: int | None = None)
 def _variance(loaded: Loaded, result: Validation, args: argparse.Namespace) -> VarianceReport:
     diffusion, saved = loaded.config.diffusion, loaded.reader.meta.get("clip", {})
     low, high = saved.get("low", diffusion.clip_low), saved.get("high", diffusion.clip_high)
-    in_force = loaded.engine.process.training_interval(low, high)
+    in_force = Interval(low, high).floored(loaded.engine.process.time_epsilon)
     stream = _open(loaded, args.split)
     return measure_variance(
         loaded.engine, loaded.config, stream, result, in_force, rows=args.rows, draws=args.noise_draws

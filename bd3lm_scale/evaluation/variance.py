@@ -21,17 +21,18 @@ from bd3lm_scale.config.flops import flops_per_token
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.data.stream import RowStream
-from bd3lm_scale.diffusion.clip_search import Interval, variance_table
+from bd3lm_scale.diffusion.clip_search import LossMoments, least_noisy, loss_table
 from bd3lm_scale.diffusion.loss import num_loss_tokens
+from bd3lm_scale.diffusion.mask_counts import unseen_share
 from bd3lm_scale.diffusion.noising import noise_rows
-from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES, get_schedule
+from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES
 from bd3lm_scale.diffusion.variance import GradientMoments, GradientSpread, Spread, spread
 from bd3lm_scale.engine import Engine, run_pass, sum_over_ranks
 from bd3lm_scale.model.denoiser import named_parameters
 from bd3lm_scale.parallel.pipeline import data_group, embedding_group, tensor_group
 from bd3lm_scale.parallel.shards import description_of
 from bd3lm_scale.validation import Validation, read_rows
-from bd3lm_scale.values import Rows
+from bd3lm_scale.values import Interval, Rows
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ class VarianceReport:
 
     Attributes:
         schedule: the one that the model is trained under; the probes' and the first table's.
-        tables: by schedule, the variance of a block's loss under every interval; empty for ar, which draws no noise.
+        tables: by schedule, a block's loss under every interval, with the run's noise; empty for ar, which draws none.
         probes: by interval.
         num_rows: rows of the probes' batch.
     """
 
     schedule: str
-    tables: dict[str, dict[Interval, float]]
+    tables: dict[str, dict[Interval, LossMoments]]
     probes: list[Probe]
     num_rows: int
 
@@ -69,10 +70,9 @@ class VarianceReport:
         """For JSON: intervals as "low-high"."""
         return {
             "schedule": self.schedule,
-            "tables": {
-                name: {_label(interval): value for interval, value in table.items()}
-                for name, table in self.tables.items()
-            },
+            "tables": self._figures(lambda loss: loss.variance),
+            "table_stderrs": self._figures(lambda loss: loss.stderr),
+            "relative_tables": self._figures(lambda loss: loss.relative),
             "probes": [
                 {
                     "interval": _label(probe.interval),
@@ -86,6 +86,13 @@ class VarianceReport:
                 for probe in self.probes
             ],
             "probe_rows": self.num_rows,
+        }
+
+    def _figures(self, figure: Callable[[LossMoments], float]) -> dict[str, dict[str, float]]:
+        """One figure of every table, by schedule and interval."""
+        return {
+            name: {_label(interval): figure(loss) for interval, loss in table.items()}
+            for name, table in self.tables.items()
         }
 
 
@@ -116,13 +123,13 @@ def measure_variance(
     if draws < 2:
         raise ValueError(f"--noise-draws ({draws}): a variance needs at least 2 draws; use for example 16")
     num_rows = min(config.train.global_batch_size, stream.num_rows, rows or stream.num_rows)
-    tables = _tables(config, validation, in_force)
+    tables = _tables(engine, config, validation, in_force)
     own = config.diffusion.schedule
     if config.diffusion.objective == "ar":
-        intervals, draws = [(1.0, 1.0)], 2  # nothing is drawn: two equal gradients
+        intervals, draws = [Interval(1.0, 1.0)], 2  # nothing is drawn: two equal gradients
     else:
-        best = min(tables[own], key=lambda interval: tables[own][interval])
-        intervals = list(dict.fromkeys([(config.diffusion.time_epsilon, 1.0), in_force, best]))
+        best = least_noisy(tables[own]) or in_force
+        intervals = list(dict.fromkeys([Interval(config.diffusion.time_epsilon, 1.0), in_force, best]))
     batches = _batches(engine, config, stream, num_rows)
     with tqdm(total=len(intervals) * draws, unit="draw", disable=not engine.mesh.is_main_rank) as bar:
         probes = [probe(engine, config, batches, num_rows, i, draws, bar.update) for i in intervals]
@@ -171,8 +178,11 @@ def probe(
     total, _ = sum_over_ranks(engine, moments.as_tensor().tolist(), [])
     clipped = replace(config, diffusion=replace(config.diffusion, clip_low=interval[0], clip_high=interval[1]))
     flops = flops_per_token(clipped, engine.process.vocab_size) * num_rows * config.data.context_length
-    gradient = moments.result(torch.tensor(total, dtype=torch.float64), flops)
-    return Probe(interval, spread(torch.tensor(losses, dtype=torch.float64)), gradient)
+    unseen = 0.0
+    if config.diffusion.objective != "ar":
+        unseen = unseen_share(engine.process, interval, draws * num_rows * engine.process.num_blocks)
+    gradient = moments.result(torch.tensor(total, dtype=torch.float64), flops).with_unseen(unseen)
+    return Probe(interval, spread(torch.tensor(losses, dtype=torch.float64)).with_unseen(unseen), gradient)
 
 
 def format_report(report: VarianceReport) -> str:
@@ -180,21 +190,24 @@ def format_report(report: VarianceReport) -> str:
     lines = []
     if report.tables:
         names = [report.schedule, *(name for name in report.tables if name != report.schedule)]
-        lines += ["", f"variance of a block's loss by clip interval (training uses {report.schedule})"]
-        lines += ["interval     " + "".join(f"{name:>13}" for name in names)]
+        lines += ["", f"variance of a block's loss by clip interval, +- its error (training uses {report.schedule})"]
+        lines += ["interval     " + "".join(f"{name:>20}" for name in names)]
         for interval in report.tables[report.schedule]:
-            row = "".join(f"{report.tables[name].get(interval, float('nan')):13.4f}" for name in names)
+            losses = [report.tables[name][interval] for name in names]
+            row = "".join(f"{loss.variance:11.4f} +- {loss.stderr:<5.2g}" for loss in losses)
             lines.append(f"{_label(interval):<13}{row}")
         for name in names:
-            best = min(report.tables[name], key=lambda interval: report.tables[name][interval])
-            lines.append(f"least under {name}: U[{best[0]:g}, {best[1]:g}]")
+            best = least_noisy(report.tables[name])
+            found = "unknown" if best is None else f"U[{best[0]:g}, {best[1]:g}]"
+            lines.append(f"least under {name}, relative to the total weight: {found}")
     lines += ["", f"one step on {report.num_rows} rows, over noise draws"]
-    lines.append("interval     draws  loss variance     gradient variance  |mean gradient|  per FLOP")
+    lines.append("interval     draws  loss variance       gradient variance     |mean gradient|  per FLOP")
     for p in report.probes:
         loss, gradient = p.loss, p.gradient
         lines.append(
             f"{_label(p.interval):<13}{gradient.count:5}  {loss.variance:.3e} +- {loss.variance_stderr:.0e}"
-            f"  {gradient.variance:17.4e}  {gradient.mean_norm:15.4e}  {gradient.variance_per_flop:.3e}"
+            f"  {gradient.variance:.4e} +- {gradient.variance_stderr:.0e}"
+            f"  {gradient.mean_norm:15.4e}  {gradient.variance_per_flop:.3e}"
         )
     return "\n".join(lines)
 
@@ -203,14 +216,14 @@ def _label(interval: Interval) -> str:
     return f"{interval[0]:g}-{interval[1]:g}"
 
 
-def _tables(config: RunConfig, validation: Validation, in_force: Interval) -> dict[str, dict[Interval, float]]:
+def _tables(
+    engine: Engine, config: RunConfig, validation: Validation, in_force: Interval
+) -> dict[str, dict[Interval, LossMoments]]:
     if config.diffusion.objective == "ar":
         return {}
     search = config.diffusion.clip_search
     return {
-        name: variance_table(
-            validation.moments, search.widths, search.step, config.block_size, in_force, get_schedule(name)
-        )
+        name: loss_table(validation.moments, engine.process, search.widths, search.step, in_force, name)
         for name in SCHEDULE_NAMES
     }
 

@@ -40,6 +40,7 @@ class Sample:
         nfe, forward_calls: see SampleResult; redraws included in neither.
         redraws: attempts thrown away before this one.
         seconds: wall-clock time of its batch divided by the batch's samples.
+        slots: of infilled text: places that were open, each with the log-probability of what was written there.
     """
 
     index: int
@@ -50,6 +51,7 @@ class Sample:
     forward_calls: int
     redraws: int
     seconds: float
+    slots: tuple[tuple[int, float], ...] = ()
 
 
 def choose_sampler(config: RunConfig) -> str:
@@ -58,10 +60,13 @@ def choose_sampler(config: RunConfig) -> str:
     return DEFAULT_SAMPLER[config.diffusion.objective] if name == "auto" else name
 
 
-def check_sampling(config: RunConfig) -> None:
-    """Refuse what is legal for training but cannot be sampled (ConfigError naming the field)."""
+def check_sampling(config: RunConfig, infill: bool = False) -> None:
+    """Refuse what is legal for training but cannot be sampled (ConfigError naming the field).
+
+    Infilled text has its own length, not sampling.length.
+    """
     sampling, objective, found = config.sampling, config.diffusion.objective, []
-    if objective == "sedd" and sampling.length > config.data.context_length:
+    if objective == "sedd" and not infill and sampling.length > config.data.context_length:
         found.append(
             f"sampling.length ({sampling.length}): sedd has no way beyond its context of {config.data.context_length} "
             "tokens; use a shorter length, or mdlm or bd3lm"
@@ -84,7 +89,7 @@ def run_sampler(
     """Sample one batch with the sampler that the configuration names.
 
     Args:
-        network: with an empty context: a BlockDenoiser (bd3lm), FullDenoiser (mdlm, sedd) or NextToken (ar).
+        network: with an empty context: a BlockDenoiser (bd3lm), FullSequenceDenoiser (mdlm, sedd) or NextToken (ar).
         request: what to sample.
         config: objective, block size, context and sampling section.
         on_progress: told the number of new tokens.
@@ -118,6 +123,7 @@ def draw_samples(
     eos_token_id: int,
     device: Any = "cpu",
     on_progress: Callable[[int], object] | None = None,
+    infill: bool = False,
 ) -> Iterator[Sample]:
     """Samples in batches of sampling.batch_size, yielded batch by batch.
 
@@ -131,20 +137,26 @@ def draw_samples(
         mask_token_id, eos_token_id: special ids.
         device: of the network.
         on_progress: told the number of new tokens (redrawn ones count again).
+        infill: prompts are whole texts with masks to write; texts of one length go together, and nothing stops them.
     """
     sampling = config.sampling
     todo = [(number, prompt, 0) for number, prompt in zip(indices, prompts, strict=True)]
     while todo:
-        group, todo = todo[: sampling.batch_size], todo[sampling.batch_size :]
+        size = sampling.batch_size
+        if infill:
+            size = next((i for i, (_, text, _) in enumerate(todo[:size]) if len(text) != len(todo[0][1])), size)
+        group, todo = todo[:size], todo[size:]
+        stop = StopRule(eos_token_id if sampling.stop_at_eos else None, sampling.min_entropy)
         request = SampleRequest(
             prompts=tuple(prompt for _, prompt, _ in group),
-            length=sampling.length,
+            length=len(group[0][1]) if infill else sampling.length,
             mask_token_id=mask_token_id,
             seed=sampling.seed,
             sample_index=tuple(number + tries * _REDRAW_STRIDE for number, _, tries in group),
             token_filter=TokenFilter(sampling.nucleus_p, sampling.top_k, sampling.temperature),
-            stop=StopRule(eos_token_id if sampling.stop_at_eos else None, sampling.min_entropy),
+            stop=StopRule() if infill else stop,
             device=device,
+            infill=infill,
         )
         started = time.perf_counter()
         result = run_sampler(open_network(len(group)), request, config, on_progress)
@@ -156,10 +168,15 @@ def draw_samples(
             yield Sample(
                 index=number,
                 tokens=result.tokens[place],
-                prompt_length=len(prompt),
+                prompt_length=len(prompt) - prompt.count(mask_token_id),
                 finish=result.finish[place],
                 nfe=result.nfe[place],
                 forward_calls=result.forward_calls[place],
                 redraws=tries,
                 seconds=seconds,
+                slots=_slots(prompt, mask_token_id, result.log_probs[place]) if result.log_probs is not None else (),
             )
+
+
+def _slots(text: tuple[int, ...], mask_token_id: int, log_probs: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
+    return tuple((place, log_probs[place]) for place, token in enumerate(text) if token == mask_token_id)

@@ -1,6 +1,7 @@
 """Sample: text from a trained model.
 
     python -m bd3lm_scale.sample RUN_OR_CHECKPOINT_OR_HF [--prompt TEXT] [--length N] [--num-samples N] [a.b=c ...]
+    python -m bd3lm_scale.sample RUN_OR_CHECKPOINT_OR_HF --infill "text <mask:16> text" [--num-samples N] [a.b=c ...]
 
 Samples are printed and written as JSON lines. Settings are the `sampling` section of the configuration. Under torchrun,
 parallel.tensor_parallel_size ranks hold one model together and the rest of the world shares out the samples.
@@ -23,6 +24,7 @@ from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3lm_scale.errors import CheckpointError, ConfigError
 from bd3lm_scale.inference.batches import Sample, check_sampling, choose_sampler, draw_samples
+from bd3lm_scale.inference.infill import check_infill, parse_infill
 from bd3lm_scale.inference.loading import Loaded, load_model
 from bd3lm_scale.inference.loading_hf import is_hf_folder, native_checkpoint
 from bd3lm_scale.model.fast_decoder import FastDecoder, FastWeights
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loaded, tokenizer = load(args)
         prompts = read_prompts(args, tokenizer, loaded.config)
         output = args.output or default_output(args.source, loaded)
-        figures = write_samples(loaded, tokenizer, prompts, output, args.quiet)
+        figures = write_samples(loaded, tokenizer, prompts, output, args.quiet, infill=bool(args.infill))
     except (ConfigError, CheckpointError, ValueError) as error:
         print(error, file=sys.stderr)
         return ExitCode.CONFIG
@@ -61,6 +63,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="e.g. sampling.nucleus_p=0.95")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeat for several prompts")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help='one prompt per line; .jsonl: its field "text"')
+    parser.add_argument(
+        "--infill", action="append", default=[], metavar="TEXT", help="write N tokens in place of each <mask:N>"
+    )
     parser.add_argument("--length", type=int, help="tokens of a sample, prompt included (sampling.length)")
     parser.add_argument("--num-samples", type=int, help="samples of each prompt (sampling.num_samples)")
     parser.add_argument("--batch-size", type=int, help="samples drawn together (sampling.batch_size)")
@@ -88,7 +93,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Tokenizer]:
     weights = next((t.split("=")[1] for t in reversed(overrides) if t.startswith("sampling.weights=")), "ema")
     with native_checkpoint(args.source, overrides) as (path, rest):
         loaded = load_model(path, rest, weights, args.checkpoint)
-    check_sampling(loaded.config)
+    check_sampling(loaded.config, infill=bool(args.infill))
     folder = args.tokenizer or (args.source if is_hf_folder(args.source) else loaded.tokenizer_path)
     if folder is None:
         raise ValueError(f"{args.source}: no tokenizer found with the model; give one with --tokenizer FOLDER")
@@ -106,13 +111,19 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: RunConf
 
     That is EOS, which separates documents, or BOS where rows are wrapped (data.wrap_rows).
     """
+    start = tokenizer.bos_token_id if config.data.wrap_rows else tokenizer.eos_token_id
+    if args.infill:
+        if args.prompt or args.prompts or args.length is not None:
+            raise ValueError("--infill: says the whole text and its length; leave out --prompt, --prompts and --length")
+        filled = [parse_infill(text, tokenizer, start) for text in args.infill]
+        check_infill(filled, config.diffusion.objective, config.data.context_length)
+        return [text for text in filled for _ in range(config.sampling.num_samples)]
     texts = list(args.prompt)
     if args.prompts is not None:
         if not args.prompts.is_file():
             raise ValueError(f"--prompts ({args.prompts}): no such file")
         lines = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
         texts += [json.loads(line)["text"] for line in lines] if args.prompts.suffix == ".jsonl" else lines
-    start = tokenizer.bos_token_id if config.data.wrap_rows else tokenizer.eos_token_id
     encoded = [(start, *ids) for ids in tokenizer.encode_batch(texts or [""])]
     return [prompt for prompt in encoded for _ in range(config.sampling.num_samples)]
 
@@ -160,12 +171,14 @@ def write_samples(
     prompts: list[tuple[int, ...]],
     output: Path | None,
     quiet: bool = False,
+    infill: bool = False,
 ) -> dict[str, float]:
     """Draw all samples; the reporting rank prints and writes them as they come. Returns totals over them."""
     mesh, config = loaded.engine.mesh, loaded.config
     size = config.sampling.batch_size
     mine = [i for i in range(len(prompts)) if (i // size) % mesh.data_size == mesh.data_rank]
-    total = sum(config.sampling.length - len(prompts[i]) for i in mine)
+    mask, length = tokenizer.mask_token_id, config.sampling.length
+    total = sum(prompts[i].count(mask) if infill else length - len(prompts[i]) for i in mine)
     started, records = time.perf_counter(), []
     with (
         tqdm(total=total, unit="token", disable=not (mesh.is_main_rank and sys.stderr.isatty())) as bar,
@@ -176,10 +189,11 @@ def write_samples(
             config,
             [prompts[i] for i in mine],
             mine,
-            mask_token_id=tokenizer.mask_token_id,
+            mask_token_id=mask,
             eos_token_id=tokenizer.eos_token_id,
             device=mesh.device,
             on_progress=bar.update,
+            infill=infill,
         )
         for sample in samples if mesh.data_size == 1 else _gather(samples, loaded):
             records.append(record_of(sample, tokenizer, loaded))
@@ -211,9 +225,14 @@ def _open_output(path: Path | None) -> Iterator[TextIO | None]:
 
 
 def record_of(sample: Sample, tokenizer: Tokenizer, loaded: Loaded) -> dict[str, Any]:
-    """One line of the output. `text` shows special tokens, end of text as `end_of_text`."""
+    """One line of the output. `text` shows special tokens, end of text as `end_of_text`; infilled text has `slots`."""
     config, meta = loaded.config, loaded.reader.meta
     sampling = config.sampling
+    slots = [
+        {"position": place, "token": sample.tokens[place], "log_prob": log_prob,
+         "text": tokenizer.decode([sample.tokens[place]], keep_special=True)}
+        for place, log_prob in sample.slots
+    ]  # fmt: skip
     return {
         "sample": sample.index,
         "text": tokenizer.decode(sample.tokens, keep_special=True),
@@ -226,7 +245,7 @@ def record_of(sample: Sample, tokenizer: Tokenizer, loaded: Loaded) -> dict[str,
         "redraws": sample.redraws,
         "seconds": round(sample.seconds, 4),
         "sampler": choose_sampler(config),
-        "length": sampling.length,
+        "length": len(sample.tokens) if slots else sampling.length,
         "nucleus_p": sampling.nucleus_p,
         "temperature": sampling.temperature,
         "stop_at_eos": sampling.stop_at_eos,
@@ -236,7 +255,7 @@ def record_of(sample: Sample, tokenizer: Tokenizer, loaded: Loaded) -> dict[str,
         "step": meta["step"],
         "weights": loaded.weights,
         "tokens": list(sample.tokens),
-    }
+    } | ({"slots": slots} if slots else {})
 
 
 def _shown(record: dict[str, Any], tokenizer: Tokenizer) -> str:

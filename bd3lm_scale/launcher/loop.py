@@ -17,8 +17,8 @@ from bd3lm_scale.launcher.monitor import Monitor
 from bd3lm_scale.launcher.policy import (
     Action,
     Ending,
+    History,
     Limits,
-    Memory,
     choose_nodes,
     decide,
     last_logged_step,
@@ -76,7 +76,7 @@ class Launcher:
         self.plan = plan
         self.ranks = ranks
         self.runtime = runtime_folder(plan.run_dir)
-        self.memory = Memory(plan.run_dir)
+        self.memory = History(plan.run_dir)
         self.start_number = start_number_of(self.runtime) + 1
         self.stop_asked = ""
         self.known_nodes: list[str] = []

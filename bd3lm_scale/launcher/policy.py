@@ -78,7 +78,7 @@ def decide(ending: Ending, stop_asked: bool, can_requeue: bool) -> Action:
     return Action.RESTART
 
 
-class Memory:
+class History:
     """Failures and requeues since the last new checkpoint, in runtime/failures.json so that requeues remember them."""
 
     def __init__(self, run_dir: str | Path) -> None:

@@ -57,6 +57,7 @@ class Denoiser(MegatronModule):
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = has_embedding, has_head, virtual_stage
+        self.number = virtual_stage or 0  # among this rank's chunks
         self.share_embeddings_and_output_weights = config.tie_embeddings
         self.layer_offset = get_transformer_layer_offset(config, virtual_stage, pipeline_rank)
         self.carries_conditioning = config.uses_adaln and config.pipeline_model_parallel_size > 1

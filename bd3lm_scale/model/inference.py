@@ -27,8 +27,8 @@ class CachedDecoder:
         batch_size: B.
         window: tokens of context attended to, the current block included; None: no limit.
         cache_dtype: dtype of cached keys and values.
-        recompute_window: beyond the window, recompute it from its tokens at positions 0, 1, ... (the reference's
-            behaviour) instead of keeping cached states at absolute positions.
+        recompute_window: beyond the window, recompute it from its tokens at positions 0, 1, ... instead of keeping
+            cached states at absolute positions, as the default and the published sampler do.
         use_cache: False recomputes the whole context at every call (an oracle; slow).
     """
 

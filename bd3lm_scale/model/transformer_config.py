@@ -108,10 +108,10 @@ def make_transformer_config(
         cuda_graph_scope=[],
         # gloo has no batched send-receive; Megatron's default on GPUs where messages do not overlap computation
         batch_p2p_comm=on_gpu and parallel.interleaved_chunks is None,
+        batch_p2p_sync=False,  # a device-wide wait after every message, for a fault of older versions of torch
         overlap_p2p_comm=parallel.interleaved_chunks is not None,
         # With gloo, freeing a stage's output early gave silent NaN under interleaving.
         deallocate_pipeline_outputs=on_gpu,
-        variable_seq_lengths=False,
         architecture=architecture,
         time_conditioning=config.time_conditioning,
         context_length=config.data.context_length,

@@ -22,13 +22,14 @@ class AdamWithEma(torch.optim.AdamW):
 
     Attributes:
         ema_decay: decay of the next update; set before each step.
-        discards: the next step leaves parameters and state as they are (a skipped update).
+        discard: asked before each partition is updated; where it answers True, a bool scalar on the device,
+            parameters and state stay as they are. None: never.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ema_decay = 0.0
-        self.discards = False
+        self.discard: Callable[[], Tensor] | None = None
 
     def prepare(self, partition: Tensor) -> None:
         """Create the state of a partition now, so that it can be saved or filled before the first step."""
@@ -42,9 +43,12 @@ class AdamWithEma(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of the partitions in param_groups (DeepSpeed narrows them to one at a time)."""
-        if self.discards:
-            return
+        weight: Tensor | float = 1 - self.ema_decay
+        if self.discard is not None:
+            dropped = self.discard()
+            self.found_inf = dropped.float()  # torch's own way to drop an update on the device; needs fused=True
+            weight = torch.where(dropped, 0.0, weight)
         super().step(closure)
         for group in self.param_groups:
             for partition in group["params"]:
-                self.state[partition]["ema"].lerp_(partition, 1 - self.ema_decay)
+                torch.lerp(self.state[partition]["ema"], partition, weight, out=self.state[partition]["ema"])

@@ -5,7 +5,8 @@ once. State is exposed as StateSlices, so that checkpoints never see DeepSpeed.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ from bd3lm_scale.config.schema import OptimConfig
 from bd3lm_scale.optim.ema import STATE_KEYS, AdamWithEma, ema_decay_at
 from bd3lm_scale.parallel.mesh import Mesh
 from bd3lm_scale.parallel.mpu import ModelParallelUnit
-from bd3lm_scale.parallel.pipeline import before_each_backward, embedding_group, tensor_group
+from bd3lm_scale.parallel.pipeline import embedding_group, tensor_group
 from bd3lm_scale.parallel.shards import description_of, state_slice
+from bd3lm_scale.parallel.sums import HostCopy
 from bd3lm_scale.values import StateSlice
 
 
@@ -56,31 +58,36 @@ class ZeroOptimizer:
         for partition in self._partitions():
             self.adam.prepare(partition)
         if self.stage == 2 and mesh.pipeline_size > 1:
-            before_each_backward(self.inner.clear_backward_seen_flag)
+            module.register_forward_hook(self._rearm_before_backward)
 
     def __call__(self, *args: Any) -> Tensor:
         """Forward through the engine, whose hooks ZeRO-2 and 3 rely on."""
         return self.engine(*args)
 
-    def step(self, lr: float, discard: bool = False) -> tuple[float, bool]:
+    def step(self, lr: float, discard: Callable[[], Tensor] | None = None) -> float:
         """Reduce the accumulated gradients, clip, update, publish the new weights.
 
         Args:
             lr: learning rate of this update.
-            discard: drop the gradients; parameters and state stay as they are.
+            discard: asked once, after the gradients are reduced; where it answers True, a bool scalar on the device,
+                parameters and state stay as they are.
 
         Returns:
-            (gradient norm before clipping, whether the update was skipped: discarded or non-finite).
+            The gradient norm before clipping; inf where it is not finite, and then nothing was updated either.
         """
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.ema_decay = ema_decay_at(self.updates + 1, self.config.ema_decay)
-        self.adam.discards = discard
-        self._sum_tied_gradients()
+        decision = _Decision(self.inner, discard)
+        self.adam.discard = decision
+        if self._tied and self.mesh.pipeline_size > 1:
+            self._sum_tied_gradients()
         self.engine.step()
-        was_skipped = discard or bool(getattr(self.inner, "overflow", False))
-        self.updates += not was_skipped
-        return float(self.engine.get_global_grad_norm() or 0.0), was_skipped
+        if self.inner.overflow:
+            return math.inf
+        grad_norm, was_dropped = decision.on_host()
+        self.updates += not was_dropped
+        return grad_norm
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout and recomputation."""
@@ -207,6 +214,15 @@ class ZeroOptimizer:
             if parameter.sums_over_tensor_ranks:  # pyright: ignore[reportAttributeAccessIssue]
                 parameter.register_hook(summed)
 
+    def _rearm_before_backward(self, _module: nn.Module, _inputs: Any, out: Tensor) -> None:
+        """Tell ZeRO-2 before each backward pass that a new one begins.
+
+        1F1B runs several backward passes without a forward in between, where DeepSpeed expects one to re-arm it.
+        A hook of the wrapped module acts on its output before DeepSpeed does, so this runs first in the backward pass.
+        """
+        if out.requires_grad:
+            out.register_hook(lambda _gradient: self.inner.clear_backward_seen_flag())
+
     def _mark_tied_copy(self) -> None:
         """The last stage's copy of a tied embedding counts once in norms and is saved once."""
         is_copy = self.mesh.pipeline_size > 1 and self.mesh.is_last_stage
@@ -215,10 +231,31 @@ class ZeroOptimizer:
 
     def _sum_tied_gradients(self) -> None:
         """First and last stage add their gradients of a tied embedding, and so stay equal."""
-        if self.mesh.pipeline_size == 1:
-            return
         for parameter in self._tied:
             dist.all_reduce(self.gradient(parameter), group=embedding_group())
+
+
+class _Decision:
+    """Whether this step's update is dropped, and its gradient's norm: on the device for Adam, then on the host."""
+
+    def __init__(self, inner: Any, discard: Callable[[], Tensor] | None) -> None:
+        self._inner, self._discard = inner, discard
+        self._dropped: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """Asked by Adam for each partition; DeepSpeed knows the norm by then, and no update is queued yet."""
+        if self._dropped is None:
+            norm = torch.as_tensor(self._inner._global_grad_norm, dtype=torch.float64)
+            dropped = norm.new_zeros((), dtype=torch.bool) if self._discard is None else self._discard()
+            self._dropped = dropped.reshape(())
+            self._copy = HostCopy(torch.stack([norm.reshape(()), self._dropped.double()]))
+        return self._dropped
+
+    def on_host(self) -> tuple[float, bool]:
+        """(norm, whether the update was dropped); without waiting for the update itself."""
+        self()
+        norm, dropped = self._copy.values()
+        return norm, bool(dropped)
 
 
 def engine_config(config: OptimConfig, precision: str, micro_batch_size: int) -> dict[str, Any]:
@@ -229,6 +266,7 @@ def engine_config(config: OptimConfig, precision: str, micro_batch_size: int) ->
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.grad_clip,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the whole device twice per micro-batch
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
         # unset, it is the precision: bf16 runs would round fp32 accumulators to bf16 before summing them over ranks

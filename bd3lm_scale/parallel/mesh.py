@@ -34,11 +34,6 @@ class Mesh:
     pipeline_size: int
 
     @property
-    def is_first_stage(self) -> bool:
-        """Holds the embedding."""
-        return self.pipeline_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Holds the head and computes the loss."""
         return self.pipeline_rank == self.pipeline_size - 1

@@ -1,71 +1,22 @@
-"""Megatron's schedules: the plain loop at one stage, 1F1B and interleaved 1F1B beyond.
+"""Megatron's pipeline: its schedules, and the groups of ranks that parts of the model are shared by."""
 
-One code path for every layout: `get_forward_backward_func` picks the schedule, the caller supplies a forward step.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
-from torch import Tensor, nn
-
-LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Any]]]
-ForwardStep = Callable[[Any, nn.Module], tuple[Tensor, LossFunction]]
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 
-def run_schedule(
-    chunks: Sequence[nn.Module],
-    forward_step: Callable[[Any, nn.Module], tuple[Tensor, LossFunction]],
-    micro_batches: Sequence[Any],
-    *,
-    micro_batch_size: int,
-    sequence_length: int,
-    forward_only: bool = False,
-) -> list[dict[str, Any]]:
-    """Run all micro-batches forward (and backward) through this rank's model chunks.
+def schedule_of_layout() -> Callable[..., list[Any]]:
+    """The plain loop at one stage, 1F1B and interleaved 1F1B beyond: one code path for every layout.
 
-    Args:
-        chunks: this rank's Megatron modules, one per virtual stage, without the DeepSpeed wrapper (its own
-            `config` attribute would hide Megatron's).
-        forward_step: (micro_batch, chunk) -> (output, loss function); the loss function gets the last stage's
-            output and returns (loss, report). The schedule divides the loss by the number of micro-batches.
-        micro_batches: the same list on every stage; each stage uses the parts that it needs.
-        micro_batch_size, sequence_length: shape of what travels between stages (sequence_length before
-            sequence-parallel sharding).
-        forward_only: evaluate; no gradients.
-
-    Returns:
-        The reports of the last stage, one per micro-batch; an empty list on other stages.
+    Its arguments are Megatron's: `forward_step_func(iterator, chunk)` returns (output, loss function); the loss
+    function gets the last stage's output and returns (loss, report), and the schedule divides the loss, in place, by
+    the number of micro-batches. It returns the reports of the last stage, one per micro-batch, elsewhere an empty list.
+    Chunks are Megatron's modules without the DeepSpeed wrapper, whose own `config` would hide Megatron's.
     """
-
-    def step(iterator: Any, chunk: nn.Module) -> tuple[Tensor, LossFunction]:
-        return forward_step(next(iterator), chunk)
-
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter(micro_batches) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(micro_batches),
-        seq_length=sequence_length,
-        micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
-    )
-
-
-def before_each_backward(action: Callable[[], None]) -> None:
-    """Call `action` before every backward step of the schedules (needed by ZeRO-2 with pipeline stages).
-
-    1F1B runs several backward passes without a forward in between, where DeepSpeed expects one to re-arm it.
-    """
-    original = schedules.backward_step
-
-    def backward_step(*args: Any, **kwargs: Any) -> Any:
-        action()
-        return original(*args, **kwargs)
-
-    schedules.backward_step = backward_step
+    return get_forward_backward_func()
 
 
 def stage_ends(virtual_stage: int | None) -> tuple[bool, bool]:
@@ -84,11 +35,6 @@ def tensor_group() -> dist.ProcessGroup:
 def data_group() -> dist.ProcessGroup:
     """The ranks that hold the same part of the model and read different rows."""
     return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
-
-
-def pipeline_group() -> dist.ProcessGroup:
-    """The ranks a micro-batch passes through."""
-    return cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
 
 
 def embedding_group() -> dist.ProcessGroup | None:

@@ -4,6 +4,7 @@ It sees only figures that are already global, so every rank comes to the same de
 """
 
 import math
+import sys
 from collections import deque
 from collections.abc import Mapping
 from statistics import median
@@ -39,7 +40,7 @@ class AnomalyPolicy:
         self._bad_step = -1
 
     def observe(self, step: int, loss: float, grad_norm: float) -> str:
-        """Judge a step before its update is applied."""
+        """Judge a step whose update was dropped if the loss is above `loss_limit` or something is not finite."""
         self.reason = self.suspicion(loss, grad_norm)
         if not self.reason:
             self._losses.append(loss)
@@ -71,17 +72,22 @@ class AnomalyPolicy:
         for name, count in state.get("counts", {}).items():
             self.counts[name] = max(self.counts.get(name, 0), int(count))
 
+    def loss_limit(self) -> float:
+        """A loss above this is a spike: a multiple of the running median, once there is one."""
+        factor = self.config.spike_factor
+        if factor is None or len(self._losses) < MIN_STEPS_FOR_MEDIAN:
+            return sys.float_info.max
+        return factor * median(self._losses)
+
     def suspicion(self, loss: float, grad_norm: float = 0.0) -> str:
         """What is wrong with these figures, in words; empty when nothing is. Changes no memory."""
         if not math.isfinite(loss):
             return f"loss is {loss}"
         if not math.isfinite(grad_norm):
             return f"gradient norm is {grad_norm}"
-        factor = self.config.spike_factor
-        if factor is not None and len(self._losses) >= MIN_STEPS_FOR_MEDIAN:
+        if loss > self.loss_limit():
             usual = median(self._losses)
-            if loss > factor * usual:
-                return f"spike: loss {loss:.4f} is above {factor:g} times its median {usual:.4f}"
+            return f"spike: loss {loss:.4f} is above {self.config.spike_factor:g} times its median {usual:.4f}"
         return ""
 
     def _limit(self, action: str, times: int, limit: int) -> str:

@@ -34,7 +34,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Entry:
+class NodeReport:
     """What one rank measured about its machine.
 
     Attributes:
@@ -74,7 +74,7 @@ def run_preflight(
     device: torch.device,
     agreement: Agreement,
     min_disk_gib: float = 1.0,
-) -> list[Entry]:
+) -> list[NodeReport]:
     """Measure, gather, log the table (rank 0), and raise PreflightError naming the bad nodes.
 
     Args:
@@ -86,7 +86,7 @@ def run_preflight(
     """
     entry = measure(Path(run_dir), config, device, agreement)
     # JSON, since object collectives would unpickle
-    entries = [Entry(**other) for other in agreement.exchange(asdict(entry))]
+    entries = [NodeReport(**other) for other in agreement.exchange(asdict(entry))]
     bandwidth = None if agreement.world_size == 1 else all_reduce_gb_per_second(device, agreement.group)
     problems = judge(entries, min_disk_gib)
     fatal = [problem for problem in problems if problem.is_fatal]
@@ -107,7 +107,7 @@ def run_preflight(
     return entries
 
 
-def measure(run_dir: Path, config: dict, device: torch.device, agreement: Agreement) -> Entry:
+def measure(run_dir: Path, config: dict, device: torch.device, agreement: Agreement) -> NodeReport:
     """This rank's entry; a barrier aligns the clocks of all ranks first."""
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
@@ -116,7 +116,7 @@ def measure(run_dir: Path, config: dict, device: torch.device, agreement: Agreem
     milliseconds = matmul_milliseconds(device)
     if agreement.world_size > 1:
         dist.barrier(agreement.group)
-    return Entry(
+    return NodeReport(
         rank=agreement.rank,
         node=node_name(),
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
@@ -131,7 +131,7 @@ def measure(run_dir: Path, config: dict, device: torch.device, agreement: Agreem
     )
 
 
-def judge(entries: Sequence[Entry], min_disk_gib: float) -> list[Problem]:
+def judge(entries: Sequence[NodeReport], min_disk_gib: float) -> list[Problem]:
     """What is wrong, node by node, each problem once."""
     clock, memory = median(e.clock for e in entries), median(e.free_memory_gib for e in entries)
     speed = median(e.matmul_ms for e in entries)
@@ -141,7 +141,7 @@ def judge(entries: Sequence[Entry], min_disk_gib: float) -> list[Problem]:
     needed = descriptors_needed(len(entries))
     problems: dict[tuple[str, str], Problem] = {}
 
-    def report(entry: Entry, text: str, is_fatal: bool) -> None:
+    def report(entry: NodeReport, text: str, is_fatal: bool) -> None:
         problems.setdefault((entry.node, text.split(" ")[0]), Problem(entry.node, text, is_fatal))
 
     for entry in entries:
@@ -165,9 +165,9 @@ def judge(entries: Sequence[Entry], min_disk_gib: float) -> list[Problem]:
     return list(problems.values())
 
 
-def table(entries: Sequence[Entry], bandwidth: float | None) -> str:
+def table(entries: Sequence[NodeReport], bandwidth: float | None) -> str:
     """One line per node: its worst rank counts."""
-    by_node: dict[str, list[Entry]] = {}
+    by_node: dict[str, list[NodeReport]] = {}
     for entry in entries:
         by_node.setdefault(entry.node, []).append(entry)
     clock = median(e.clock for e in entries)

@@ -95,9 +95,3 @@ def forget_stop_file(run_dir: Path | None) -> None:
     if run_dir is not None and (run_dir / "STOP").exists():
         (run_dir / "STOP").unlink(missing_ok=True)
         log.info("removed %s, left over from an earlier stop", run_dir / "STOP")
-
-
-def ignore_signals_in_worker() -> None:
-    """For data workers: Slurm signals every process of a step, but only the ranks decide what a stop means."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

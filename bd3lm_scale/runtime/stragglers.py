@@ -17,7 +17,7 @@ MIN_LAG_SECONDS = 0.02  # below this a difference is noise, whatever its ratio
 
 
 @dataclass(frozen=True)
-class Spread:
+class StepSpread:
     """How evenly the work of the last steps was spread.
 
     Attributes:
@@ -45,7 +45,7 @@ class Spread:
         )
 
 
-def find_stragglers(seconds: Sequence[float], nodes: Sequence[str], factor: float) -> Spread:
+def find_stragglers(seconds: Sequence[float], nodes: Sequence[str], factor: float) -> StepSpread:
     """Judge the own-work times of all ranks (index = rank) against `factor` times their median."""
     usual = median(seconds)
     order = sorted(range(len(seconds)), key=lambda rank: -seconds[rank])
@@ -54,7 +54,7 @@ def find_stragglers(seconds: Sequence[float], nodes: Sequence[str], factor: floa
         by_node.setdefault(node, []).append(value)
     limit = max(factor * usual, usual + MIN_LAG_SECONDS)
     slow_nodes = tuple(node for node, values in by_node.items() if median(values) > limit and len(by_node) > 1)
-    return Spread(
+    return StepSpread(
         median_seconds=usual,
         slowest_seconds=seconds[order[0]],
         slowest_rank=order[0],
@@ -104,7 +104,7 @@ class StragglerWatch:
         self.waiting = self.own_work.waiting
         self._nodes = agreement.exchange(node_name())
 
-    def look(self, step: int) -> Spread | None:
+    def look(self, step: int) -> StepSpread | None:
         """The spread, when it is time for it; a straggler is a warning in the log of rank 0."""
         if self.agreement.world_size == 1 or step % self.every_steps or self.own_work.seconds == 0.0:
             return None

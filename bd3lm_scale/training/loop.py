@@ -1,6 +1,7 @@
 """The training loop: step, validate, save, until the last step, a request to stop, or a divergence."""
 
 import time
+from dataclasses import dataclass, field
 
 from bd3lm_scale.data.stream import RowStream
 from bd3lm_scale.errors import BadShardError, CheckpointError
@@ -14,77 +15,133 @@ from bd3lm_scale.runtime.progress import Progress
 from bd3lm_scale.runtime.stop import StopRequest
 from bd3lm_scale.runtime.stragglers import StragglerWatch
 from bd3lm_scale.runtime.watchdog import Watchdog
+from bd3lm_scale.training.ahead import StepBatch
 from bd3lm_scale.training.step import train_step
-from bd3lm_scale.training.trainer import Session
+from bd3lm_scale.training.trainer import Session, Votes
 from bd3lm_scale.validation import validate
-from bd3lm_scale.values import Rows
+from bd3lm_scale.values import StepReport
 
 log = get_logger(__name__)
 
 
+Ending = tuple[ExitCode, str]
+"""How a loop ended, and why."""
+
+
 def run_loop(
     session: Session, held_out: RowStream, stop: StopRequest, metrics: MetricsWriter, watchdog: Watchdog
-) -> tuple[ExitCode, str]:
+) -> Ending:
     """Steps until the last one, a stop request, or a divergence. Returns (exit code, reason)."""
-    config = session.config
+    config, mesh = session.config, session.engine.mesh
     tokens_per_step = config.train.global_batch_size * config.data.context_length
-    shows = session.engine.mesh.is_main_rank and config.logging.progress
+    shows = mesh.is_main_rank and config.logging.progress
     progress = Progress(session.step, config.train.steps, tokens_per_step, shows)
     stragglers = StragglerWatch(config.runtime, session.agreement)
-    saved_at = session.step if session.resumed_from else -1
-    code, reason = ExitCode.FINISHED, "all steps are done"
-    while session.step < config.train.steps:
-        watchdog.beat(session.step)
-        faults.point("step", session.step)
-        watchdog.waiting()
-        waited = session.batches.wait_seconds
-        try:
-            stops, rows = session.agree(stop.reason is not None)
-        except BadShardError as error:
-            code, reason = ExitCode.CONFIG, str(error)
-            break
-        if stops:
-            code, reason = ExitCode.STOPPED, stop.reason or "another rank was asked to stop"
-            break
-        started = time.perf_counter()
-        stragglers.start()
-        report, verdict = train_step(
-            session.engine, config, session.step, rows, session.interval, session.policy, stragglers.waiting
-        )
-        _keep_bad_batch(session, report.step, rows, verdict)
-        if verdict == STOP:
-            return ExitCode.DIVERGED, session.policy.reason
-        if verdict == ROLLBACK:
-            metrics.write("event", report.step, event=f"rollback: {session.policy.reason}")
-            try:
-                session.roll_back()
-            except CheckpointError as error:
-                return ExitCode.DIVERGED, f"{session.policy.reason}; {error}"
-            continue
-        session.advance()
-        seconds = time.perf_counter() - started
-        if report.step % config.logging.every_steps == 0 or report.was_skipped:
-            metrics.write(
-                "train",
-                **{**vars(report), "stream_hash": f"{report.stream_hash:016x}"},
-                tokens_per_second=tokens_per_step / seconds,
-                step_seconds=seconds,
-                data_wait_seconds=session.batches.wait_seconds - waited,
-                event=session.policy.reason,
-            )
-        if spread := stragglers.look(session.step):
-            metrics.write("spread", session.step, **vars(spread))
-        progress.update(session.step, report.loss)
-        if session.step % config.evaluation.every_steps == 0 or session.step == config.train.steps:
-            _validate(session, held_out, metrics, watchdog)
-        if session.step % config.checkpoint.every_steps == 0:
-            _save(session, metrics, watchdog)
-            saved_at = session.step
-    progress.close()
-    if saved_at != session.step:
+    try:
+        code, reason = Loop(session, held_out, stop, metrics, watchdog, progress, stragglers).run()
+    finally:
+        progress.close()
+    if code == ExitCode.DIVERGED:
+        return code, reason
+    if session.saved_at != session.step:
         _save(session, metrics, watchdog)
     problem = _problem_of_last_save(session)
     return (code, reason) if problem is None else (ExitCode.FAILED, problem)
+
+
+@dataclass
+class Loop:
+    """The parts of a training loop. `votes` are the flags that ranks raised in the last step, equal on all of them."""
+
+    session: Session
+    held_out: RowStream
+    stop: StopRequest
+    metrics: MetricsWriter
+    watchdog: Watchdog
+    progress: Progress
+    stragglers: StragglerWatch
+    votes: Votes = field(default_factory=Votes)
+
+    def run(self) -> Ending:
+        """Step until something ends it; a validation and a save are part of the step before them."""
+        session, config = self.session, self.session.config
+        self._vote()
+        while session.step < config.train.steps:
+            self.watchdog.beat(session.step)
+            faults.point("step", session.step)
+            ending = self._heed_votes() or self._step()
+            if ending is not None:
+                return ending
+        return ExitCode.FINISHED, "all steps are done"
+
+    def _heed_votes(self) -> Ending | None:
+        while self.votes.bad_shard and not self.votes.stop:
+            try:
+                self.session.exclude_bad_shards()
+            except BadShardError as error:
+                return ExitCode.CONFIG, str(error)
+            self._vote()
+        return (ExitCode.STOPPED, self.stop.reason or "another rank was asked to stop") if self.votes.stop else None
+
+    def _step(self) -> Ending | None:
+        session, config = self.session, self.session.config
+        started, waited = time.perf_counter(), session.ahead.wait_seconds
+        self.stragglers.start()
+        batch = session.read()
+        outcome = train_step(
+            session.engine, config, session.step, batch.noised, session.policy,
+            raise_flags=self._raise_flags, waiting=self._waiting,
+        )  # fmt: skip
+        report, self.votes = outcome.report, Votes(*outcome.votes)
+        if outcome.verdict != OK:
+            _keep_bad_batch(session, batch)
+        if outcome.verdict == STOP:
+            return ExitCode.DIVERGED, session.policy.reason
+        if outcome.verdict == ROLLBACK:
+            return self._roll_back(report.step)
+        session.advance()
+        if report.step % config.logging.every_steps == 0 or report.was_skipped:
+            _log_step(session, report, self.metrics, time.perf_counter() - started, session.ahead.wait_seconds - waited)
+        if spread := self.stragglers.look(session.step):
+            self.metrics.write("spread", session.step, **vars(spread))
+        self.progress.update(session.step, report.loss)
+        if session.step % config.evaluation.every_steps == 0 or session.step == config.train.steps:
+            _validate(session, self.held_out, self.metrics, self.watchdog)
+        if session.step % config.checkpoint.every_steps == 0:
+            _save(session, self.metrics, self.watchdog)
+        return None
+
+    def _roll_back(self, step: int) -> Ending | None:
+        reason = self.session.policy.reason
+        self.metrics.write("event", step, event=f"rollback: {reason}")
+        try:
+            self.session.roll_back()
+        except CheckpointError as error:
+            return ExitCode.DIVERGED, f"{reason}; {error}"
+        self._vote()
+        return None
+
+    def _vote(self) -> None:
+        self.votes = self.session.vote(self.stop.reason is not None)
+
+    def _raise_flags(self) -> tuple[int, int]:
+        return self.session.flags(self.stop.reason is not None)
+
+    def _waiting(self) -> None:
+        self.stragglers.waiting()
+        self.watchdog.waiting()
+
+
+def _log_step(session: Session, report: StepReport, metrics: MetricsWriter, seconds: float, waited: float) -> None:
+    config = session.config
+    metrics.write(
+        "train",
+        **{**vars(report), "stream_hash": f"{report.stream_hash:016x}"},
+        tokens_per_second=config.train.global_batch_size * config.data.context_length / seconds,
+        step_seconds=seconds,
+        data_wait_seconds=waited,
+        event=session.policy.reason,
+    )
 
 
 def _problem_of_last_save(session: Session) -> str | None:
@@ -96,11 +153,11 @@ def _problem_of_last_save(session: Session) -> str | None:
     return f"the last checkpoint could not be saved: {save.problem}"
 
 
-def _keep_bad_batch(session: Session, step: int, rows: list[Rows], verdict: str) -> None:
+def _keep_bad_batch(session: Session, batch: StepBatch) -> None:
     config, engine = session.config, session.engine
-    if verdict != OK and config.runtime.dump_bad_batches and engine.reports_loss:
-        offset = session.cursor.data_offset
-        dump_batch(config.run_dir, step, engine.mesh.data_rank, rows, config.seed, offset, session.policy.reason)
+    if config.runtime.dump_bad_batches and engine.reports_loss:
+        step, rank, offset = batch.step + 1, engine.mesh.data_rank, session.cursor.data_offset
+        dump_batch(config.run_dir, step, rank, batch.rows, config.seed, offset, session.policy.reason)
 
 
 def _save(session: Session, metrics: MetricsWriter, watchdog: Watchdog) -> None:
@@ -136,7 +193,8 @@ def _validate(session: Session, held_out: RowStream, metrics: MetricsWriter, wat
         "validation",
         session.step,
         **vars(likelihood),
-        clip_low=session.interval[0],
-        clip_high=session.interval[1],
-        variance={f"{low:g}-{high:g}": value for (low, high), value in table.items()},
+        clip_low=session.interval.low,
+        clip_high=session.interval.high,
+        variance={f"{low:g}-{high:g}": loss.variance for (low, high), loss in table.items()},
+        relative_variance={f"{low:g}-{high:g}": loss.relative for (low, high), loss in table.items()},
     )

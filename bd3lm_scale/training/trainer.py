@@ -5,9 +5,10 @@ open_session -> parts built, newest valid checkpoint restored -> step, validate,
 
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +18,7 @@ from bd3lm_scale.config.load import to_dict, to_yaml
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import RowStream
-from bd3lm_scale.diffusion.clip_search import choose_interval, variance_table
+from bd3lm_scale.diffusion.clip_search import LossMoments, choose_interval, loss_table
 from bd3lm_scale.engine import Engine, build_engine, sum_over_ranks
 from bd3lm_scale.errors import BadShardError, CheckpointError, FencedError
 from bd3lm_scale.optim.zero import ZeroOptimizer
@@ -27,13 +28,22 @@ from bd3lm_scale.runtime import faults
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 from bd3lm_scale.runtime.lock import RunLock
 from bd3lm_scale.runtime.log import get_logger
+from bd3lm_scale.training.ahead import ReadAhead, StepBatch
 from bd3lm_scale.training.checks import refuse_differences, refuse_other_model
+from bd3lm_scale.training.step import noise_step
 from bd3lm_scale.validation import Validation
-from bd3lm_scale.values import Cursor, Rows
+from bd3lm_scale.values import Cursor, Interval
 
 log = get_logger(__name__)
 
 VERSIONS = ("torch", "megatron-core", "deepspeed", "numpy")
+
+
+class Votes(NamedTuple):
+    """How many ranks want to stop, and how many cannot read the next batch."""
+
+    stop: int = 0
+    bad_shard: int = 0
 
 
 @dataclass
@@ -44,7 +54,7 @@ class Session:
         config: of the run.
         engine: model, optimizer and place.
         stream: the training rows; its tokenizer is the run's.
-        batches: this rank's micro-batches, read ahead.
+        ahead: this rank's micro-batches, read and noised ahead.
         store: the run's checkpoints.
         agreement: how the ranks tell each other small things.
         policy: what to do with bad steps.
@@ -52,19 +62,21 @@ class Session:
         interval: clip interval in force.
         validations: how many validations there were (the clip search counts them).
         resumed_from: the checkpoint this attempt started from, if any.
+        saved_at: steps done at the last save, or when the checkpoint that this attempt resumed was saved.
     """
 
     config: RunConfig
     engine: Engine
     stream: RowStream
-    batches: BatchReader
+    ahead: ReadAhead
     store: CheckpointStore
     agreement: Agreement
     policy: AnomalyPolicy
     cursor: Cursor
-    interval: tuple[float, float]
+    interval: Interval
     validations: int = 0
     resumed_from: Path | None = None
+    saved_at: int = -1
 
     @property
     def optimizer(self) -> ZeroOptimizer:
@@ -77,53 +89,61 @@ class Session:
         """Optimizer steps done."""
         return self.cursor.step
 
-    def agree(self, wants_stop: bool) -> tuple[bool, list[Rows]]:
-        """Whether any rank wants to stop, else the next micro-batches; shards found bad are left out by all ranks.
+    def flags(self, wants_stop: bool) -> tuple[int, int]:
+        """What all ranks must hear of from this one: a wish to stop, a damaged shard in the next batch."""
+        return int(wants_stop), int(self.ahead.bad_shard() is not None)
 
-        One small exchange per step, so that all ranks stop, or exclude a shard, after the same step.
+    def vote(self, wants_stop: bool) -> Votes:
+        """How many ranks raise each flag; the ranks wait for each other. Within a step the flags travel with the loss.
+
+        Needed before the first step and after a change of place: all ranks stop, or leave out a shard, together.
+        """
+        self.ahead.start(self.step, self.interval)
+        _, votes = sum_over_ranks(self.engine, [], self.flags(wants_stop))
+        return Votes(*votes)
+
+    def read(self) -> StepBatch:
+        """The batch of this step; the one after it is begun."""
+        self.ahead.start(self.step, self.interval)
+        batch = self.ahead.take(self.interval)
+        if self.step + 1 < self.config.train.steps:
+            self.ahead.start(self.step + 1, self.interval)
+        return batch
+
+    def exclude_bad_shards(self) -> None:
+        """Leave out, on all ranks, the shards that any rank found damaged.
 
         Raises:
             BadShardError: on every rank, where data.on_bad_shard is stop.
         """
-        while True:
-            rows, bad_shard = [], None
-            if not wants_stop:
-                try:
-                    rows = next(self.batches)
-                except BadShardError as error:
-                    bad_shard = (error.shard, error.reason)
-            _, (stops, bad) = sum_over_ranks(self.engine, [], [int(wants_stop), int(bad_shard is not None)])
-            if stops:
-                return True, []
-            if not bad:
-                return False, rows
-            found = dict(sorted(filter(None, self.agreement.exchange(bad_shard))))
-            if self.config.data.on_bad_shard != "skip":
-                raise BadShardError(*next(iter(found.items())))
-            if self.engine.mesh.is_main_rank:
-                said = "; ".join(f"{shard} ({reason})" for shard, reason in found.items())
-                log.warning("leaving out damaged shards from step %d on: %s", self.step, said)
-            excluded = tuple(sorted({*self.cursor.excluded_shards, *found}))
-            self.seek(replace(self.cursor, excluded_shards=excluded))
+        error = self.ahead.bad_shard()
+        reports = self.agreement.exchange(None if error is None else (error.shard, error.reason))
+        found = dict(sorted(filter(None, reports)))
+        if self.config.data.on_bad_shard != "skip":
+            raise BadShardError(*next(iter(found.items())))
+        if self.engine.mesh.is_main_rank:
+            names = "; ".join(f"{shard} ({reason})" for shard, reason in found.items())
+            log.warning("leaving out damaged shards from step %d on: %s", self.step, names)
+        excluded = tuple(sorted({*self.cursor.excluded_shards, *found}))
+        self.seek(replace(self.cursor, excluded_shards=excluded))
 
     def seek(self, cursor: Cursor) -> None:
         """Continue at another place in the data."""
+        self.ahead.drop()
         self.cursor = cursor
-        self.batches.seek(cursor)
+        self.ahead.batches.seek(cursor)
 
     def advance(self) -> None:
         """A step is done."""
         self.cursor = replace(self.cursor, step=self.cursor.step + 1)
 
-    def search_clip_interval(self, validation: Validation) -> dict[tuple[float, float], float]:
-        """The variance of every candidate interval; the best is used for training from now on, if so configured."""
+    def search_clip_interval(self, validation: Validation) -> dict[Interval, LossMoments]:
+        """The loss under every candidate interval; the best is used for training from now on, if so configured."""
         search, self.validations = self.config.diffusion.clip_search, self.validations + 1
         is_due = search.enabled and self.config.diffusion.objective in ("bd3lm", "mdlm")
         if not is_due or self.validations % search.every_validations:
             return {}
-        size = self.config.block_size
-        schedule = self.engine.process.schedule
-        table = variance_table(validation.moments, search.widths, search.step, size, self.interval, schedule)
+        table = loss_table(validation.moments, self.engine.process, search.widths, search.step, self.interval)
         best = choose_interval(table, self.interval)
         if search.apply and best != self.interval:
             log.info("clip interval U[%g, %g] -> U[%g, %g]", *self.interval, *best)
@@ -144,6 +164,7 @@ class Session:
         if owner is not None:
             raise FencedError(owner)
         self.store.save(self.step, self.optimizer.slices(), self._meta())
+        self.saved_at = self.step
 
     def roll_back(self) -> None:
         """Return to the newest checkpoint and move the data past all that was read since then.
@@ -160,13 +181,14 @@ class Session:
         # from the offset of the failed attempt: the checkpoint knows nothing of an earlier rollback to it
         offset = failed.data_offset + (failed.step + 1 - self.step) * self.config.train.global_batch_size
         skipped = offset - self.cursor.data_offset
-        log.warning("rolled back from step %d to %d; %d rows are left out", failed.step, self.step, skipped)
+        if self.engine.mesh.is_main_rank:
+            log.warning("rolled back from step %d to %d; %d rows are left out", failed.step, self.step, skipped)
         self.seek(Cursor(self.step, offset, failed.excluded_shards))
 
     def close(self) -> None:
         """Finish the save in flight and stop reading."""
         self.store.wait()
-        self.batches.close()
+        self.ahead.close()
 
     def layout(self) -> dict[str, Any]:
         """How the model and the batch are cut over the ranks."""
@@ -220,28 +242,49 @@ def open_session(
         ConfigError: the checkpoint was trained with another configuration, or `fresh` is refused.
         CheckpointError: no usable checkpoint where there should be one.
     """
+    session = build_session(config, mesh, stream, agreement, lock)
+    try:
+        initialize(session, fresh, step)
+        agreement.run_on_all_ranks(lambda: write_run_folder(config, stream) if mesh.is_main_rank else None)
+    except BaseException:
+        session.close()  # its data workers would outlive it
+        raise
+    return session
+
+
+def build_session(
+    config: RunConfig, mesh: Mesh, stream: RowStream, agreement: Agreement, lock: RunLock | None = None
+) -> Session:
+    """The parts of a run, at step 0 and random weights."""
     engine = build_engine(config, mesh, stream.vocab_size, stream.mask_token_id, agreement.group)
     folder = Path(config.run_dir) / "checkpoints"
     store = CheckpointStore(folder, config.checkpoint, mesh.rank, mesh.world_size, new_host_group(), lock)
     plan = BatchPlan(config.train.global_batch_size, config.train.micro_batch_size, mesh.data_rank, mesh.data_size)
-    reader = store.newest(step)
+    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps, True)
+    ahead = ReadAhead(batches, partial(noise_step, engine, config))
+    interval = Interval(config.diffusion.clip_low, config.diffusion.clip_high).floored(config.diffusion.time_epsilon)
+    return Session(config, engine, stream, ahead, store, agreement, AnomalyPolicy(config.runtime), Cursor(), interval)
+
+
+def initialize(session: Session, fresh: bool = False, step: int | None = None) -> None:
+    """Take up the run's newest valid checkpoint (or that of `step`), or the weights of train.init_from, or neither."""
+    config, reader = session.config, session.store.newest(step)
     if reader is not None:
-        agreement.run_on_all_ranks(lambda: refuse_differences(reader, config, stream, fresh))
-    batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps)
-    interval = (max(config.diffusion.clip_low, config.diffusion.time_epsilon), config.diffusion.clip_high)
-    policy = AnomalyPolicy(config.runtime)
-    session = Session(config, engine, stream, batches, store, agreement, policy, Cursor(), interval)
-    if reader is not None:
-        restore(session, reader)
-        session.resumed_from = reader.path
-        log.info("resumed %s (step %d, saved as %s)", reader.path, session.step, reader.meta.get("layout"))
-        if config.model.dropout > 0 and reader.meta.get("layout") != session.layout() and mesh.is_main_rank:
-            log.warning("another layout with dropout: the same tokens, masks and times, but other dropout masks")
+        session.agreement.run_on_all_ranks(lambda: refuse_differences(reader, config, session.stream, fresh))
+        resume(session, reader)
     elif config.train.init_from:
         start_from(session, config.train.init_from, config.train.init_weights)
-    store.prepare(session.optimizer.slices())
-    agreement.run_on_all_ranks(lambda: write_run_folder(config, stream) if mesh.is_main_rank else None)
-    return session
+    session.store.prepare(session.optimizer.slices())
+
+
+def resume(session: Session, reader: CheckpointReader) -> None:
+    """Go on from a checkpoint of this run."""
+    restore(session, reader)
+    session.resumed_from, session.saved_at = reader.path, session.step
+    log.info("resumed %s (step %d, saved as %s)", reader.path, session.step, reader.meta.get("layout"))
+    has_moved = reader.meta.get("layout") != session.layout()
+    if session.config.model.dropout > 0 and has_moved and session.engine.mesh.is_main_rank:
+        log.warning("another layout with dropout: the same tokens, masks and times, but other dropout masks")
 
 
 def restore(session: Session, reader: CheckpointReader) -> None:
@@ -256,7 +299,7 @@ def restore(session: Session, reader: CheckpointReader) -> None:
     session.optimizer.restored(meta["optimizer_step"])
     saved = meta["cursor"]
     session.seek(Cursor(meta["step"], saved["data_offset"], tuple(saved["excluded_shards"])))
-    session.interval = (meta["clip"]["low"], meta["clip"]["high"])
+    session.interval = Interval(meta["clip"]["low"], meta["clip"]["high"])
     session.validations = meta["clip"]["validations"]
     session.policy.restore(meta["policy"])
 

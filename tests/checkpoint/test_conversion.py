@@ -23,7 +23,8 @@ from bd3lm_scale.config.load import from_dict
 from bd3lm_scale.config.schema import CheckpointConfig, DataConfig, DiffusionConfig, ModelConfig, RunConfig
 from bd3lm_scale.config.sizes import parameters
 from bd3lm_scale.diffusion.loss import token_losses
-from bd3lm_scale.diffusion.noising import given_noise, make_process
+from bd3lm_scale.diffusion.noising import given_noise
+from bd3lm_scale.diffusion.process import make_process
 from bd3lm_scale.values import HeadRows
 from tests.checkpoint.layouts import cut, whole_state
 

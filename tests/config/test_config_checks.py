@@ -118,10 +118,34 @@ REFUSED = [
         "2",
     ),
     (
-        {"diffusion__objective": "mdlm", "diffusion__resample": True},
+        {"diffusion__objective": "ar", "diffusion__resample": True},
         "diffusion.resample",
         {"diffusion__resample": False},
         "false",
+    ),
+    (
+        {"diffusion__block_size": 4, "diffusion__resample": True, "diffusion__clip_high": 0.2},
+        "diffusion.resample",
+        {"diffusion__clip_high": 0.5},
+        "another clip interval",
+    ),
+    (
+        {"diffusion__mask_counts": "stratified", "diffusion__resample": True},
+        "diffusion.mask_counts",
+        {"diffusion__resample": False},
+        "resample=false",
+    ),
+    (
+        {"diffusion__mask_counts": "stratified", "diffusion__objective": "ar"},
+        "diffusion.mask_counts",
+        {"diffusion__mask_counts": "binomial"},
+        "binomial",
+    ),
+    (
+        {"diffusion__mask_counts": "stratified", "diffusion__objective": "sedd"},
+        "diffusion.mask_counts",
+        {"diffusion__mask_counts": "binomial"},
+        "binomial",
     ),
     (
         {"diffusion__mdlm_loss_scale": True},

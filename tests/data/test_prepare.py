@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,150 @@ def test_finished_preparation_is_reused_and_another_is_refused(tmp_path, tokeniz
     assert tool.main([*command, "--validation-documents", "3"]) == 1
     assert "choose another --output" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.tar")} == before
+
+
+def test_changed_input_is_refused_by_name_before_and_after_the_end(tmp_path, tokenizer_path, small_units):
+    """Equal name and size are not enough to be the same text."""
+    first, second = write_jsonl(tmp_path / "a.jsonl"), tmp_path / "b.txt"
+    second.write_text("one line\n" * 100)
+    task = Preparation((str(first), str(second)), shard_tokens=400, chunk_tokens=64)
+    prepare(task, str(tokenizer_path), tmp_path / "whole", 0)
+    whole = contents(tmp_path / "whole")
+
+    def stop(unit, tokens):
+        if tokens > 900:
+            raise Killed
+
+    def write(path: Path, content: bytes, times: int) -> None:
+        path.write_bytes(content)
+        os.utime(path, ns=(times, times))
+
+    original, times = first.read_bytes(), first.stat().st_mtime_ns
+    for changed, when, reason in (
+        (original.replace(b"return", b"return".upper(), 1), times, "other content"),
+        (original, times + 1, "changed later"),
+        (original + b"\n", times, "other content"),
+    ):
+        with pytest.raises(Killed):
+            prepare(task, str(tokenizer_path), tmp_path / "half", 0, stop)
+        write(first, changed, when)
+        for output in ("half", "whole"):
+            with pytest.raises(ValueError, match=rf"other inputs.*: a\.jsonl \({reason}\); choose another --output"):
+                prepare(task, str(tokenizer_path), tmp_path / output, 0)
+        write(first, original, times)
+        assert prepare(task, str(tokenizer_path), tmp_path / "whole", 0)
+        prepare(task, str(tokenizer_path), tmp_path / "half", 0)
+        assert contents(tmp_path / "half") == contents(tmp_path / "whole") == whole
+        shutil.rmtree(tmp_path / "half")
+
+    def change(unit, tokens):
+        second.write_text("two line\n" * 100)
+
+    with pytest.raises(ValueError, match=r"b\.txt \((other content|changed later)\)"):
+        prepare(task, str(tokenizer_path), tmp_path / "meanwhile", 0, change)
+    assert not list((tmp_path / "meanwhile").rglob("manifest.json"))
+    (tmp_path / "c").mkdir()
+    fewer = Preparation((str(first),), shard_tokens=400, chunk_tokens=64)
+    with pytest.raises(ValueError, match="1 files instead of 2"):
+        prepare(fewer, str(tokenizer_path), tmp_path / "whole", 0)
+
+
+def write_bad_corpus(folder: Path) -> list[str]:
+    """Five documents among all sorts of bad records."""
+    lines = [b'{"text": "one"}', b'{"text": null}', b'{"txt": "x"}', b"", b'{"text": 5}', b'{"text": "\xff"}', b"[]"]
+    (folder / "a.jsonl").write_bytes(b"\n".join([*lines, b'{"text": "two"}', b"{"]) + b"\n")
+    (folder / "b.txt").write_bytes(b"not UTF-8 \xff" + b"long " * 100)
+    (folder / "c.txt").write_text("wide", encoding="utf-16")
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "three"}\n' + os.urandom(9000).hex().encode())[:-5000])
+    pyarrow.parquet.write_table(pa.table({"text": ["four", None, ""]}), folder / "e.parquet")
+    with webdataset.TarWriter(str(folder / "f.tar")) as sink:
+        sink.write({"__key__": "x", "txt": b"five"})
+        sink.write({"__key__": "y", "jpg": b"five", "txt": b"\xff"})
+    (folder / "README.md").write_text("no data")
+    return sorted(str(p) for p in folder.iterdir())
+
+
+def test_bad_records_stop_or_are_left_out_counted_and_listed(
+    tmp_path, tokenizer_path, capsys, monkeypatch, small_units
+):
+    monkeypatch.setattr("bd3lm_scale.data.documents._PIECE_BYTES", 64)
+    (tmp_path / "corpus").mkdir()
+    files = write_bad_corpus(tmp_path / "corpus")
+    tool = load_tool("prepare_data")
+
+    def command(what: str, output: str) -> list[str]:
+        options = ["--output", str(tmp_path / output), "--tokenizer", str(tokenizer_path), "--validation-fraction", "0"]
+        return [what, *options, "--workers", "0", "--shard-tokens", "4", "--chunk-tokens", "4"]
+
+    places = {
+        "a.jsonl": "record 2: field 'text' is null; it is line 2",
+        "b.txt": "record 1: byte 0xff in line 1 is not UTF-8",
+        "c.txt": "record 1: text in UTF-16",
+        "d.jsonl.gz": "damaged or cut off",
+        "e.parquet": "record 2: column 'text' is null; it is row 2",
+        "f.tar": "record 2: byte 0xff in line 1 is not UTF-8 (invalid start byte); it is member y.txt",
+    }
+    for file in files:
+        name = Path(file).name
+        if name in places:
+            assert tool.main(command(file, f"stop_{name}")) == 1
+            error = capsys.readouterr().err
+            assert places[name] in error
+            assert name in error
+            assert error.count("\n") == 1
+    skip = [*command(str(tmp_path / "corpus"), "out"), "--on-bad-record", "skip"]
+    assert tool.main(skip) == 0
+    printed = capsys.readouterr().out
+    tokens = tokens_of(tmp_path / "out", "train")
+    tokenizer = load_tokenizer(tokenizer_path)
+    documents = tokenizer.decode(tokens, keep_special=True).split("</s>")
+    assert documents == ["one", "two", "three", "four", "five", ""]
+    read = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())["preparation"]["read"]
+    assert read == {
+        "files": {".jsonl": 2, ".parquet": 1, ".tar": 1, ".txt": 2},
+        "documents": 6,
+        "empty_documents": 1,
+        "bad_records": {
+            "UTF-16": 1, "damaged file": 1, "no such field": 1, "not UTF-8": 3, "not a JSON object": 2, "not text": 1,
+            "null": 2,
+        },
+        "ignored": {".jpg members of archives": 1, ".md files": 1},
+    }  # fmt: skip
+    assert "ignored: 1 .jpg members of archives, 1 .md files" in printed
+    assert "3 not UTF-8" in printed
+    listed = [json.loads(line) for line in (tmp_path / "out" / "bad_records.jsonl").read_text().split("\n")[:-1]]
+    assert len(listed) == sum(read["bad_records"].values())
+    assert [(Path(b["file"]).name, b["record"], b["where"]) for b in listed][:3] == [
+        ("a.jsonl", 2, "line 2"), ("a.jsonl", 3, "line 3"), ("a.jsonl", 4, "line 5"),
+    ]  # fmt: skip
+    assert tool.main(skip) == 0, "finished: nothing to do, and the same is said again"
+    assert "3 not UTF-8" in capsys.readouterr().out
+    check_that_kills_change_nothing(tmp_path, tokenizer_path, files)
+
+
+def check_that_kills_change_nothing(folder: Path, tokenizer_path, files: list[str]) -> None:
+    inputs = tuple(find_inputs([str(folder / "corpus")]))
+    task = Preparation(inputs, on_bad_record="skip", shard_tokens=4, chunk_tokens=4, ignored=((".md files", 1),))
+    kills = 0
+    while True:
+        seen = 0
+
+        def report(unit, tokens):
+            nonlocal seen
+            seen += 1
+            if seen == 3:
+                raise Killed
+
+        try:
+            prepare(task, str(tokenizer_path), folder / "killed", 0, report)
+            break
+        except Killed:
+            kills += 1
+            with (folder / "killed" / "bad_records.jsonl").open("a") as file:
+                file.write('{"torn": ')
+            assert kills < 30
+    assert kills
+    assert contents(folder / "killed") == contents(folder / "out")
 
 
 def test_dry_run_estimates_and_writes_nothing(tmp_path, tokenizer_path, capsys):

@@ -1,6 +1,7 @@
 """Shards are standard tars with deterministic bytes, and any row length can be cut out of them."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import webdataset
 
 from bd3lm_scale.config.schema import DataConfig, MixtureSource
+from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.order import mixture_quota
 from bd3lm_scale.data.shards import TokenizerIdentity, manifest_from_json, manifest_to_json, token_dtype, write_shard
 from bd3lm_scale.data.source import open_source
 from bd3lm_scale.data.stream import open_stream
+from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.values import Cursor
 from tests.data.sets import rows_of, write_set, write_split
@@ -134,6 +137,46 @@ def test_mixture_reads_each_source_in_its_own_order(tmp_path, tokenizer_path):
     validation = open_stream(config(None, mixture=sources), 1, "validation")
     everything = validation.read(np.arange(validation.num_rows)).tolist()
     assert list(map(tuple, everything)) == rows_of(first, 8) + rows_of(second, 8)
+
+
+def test_evaluation_takes_the_validation_rows_of_a_mixture_by_weight(tmp_path, tokenizer_path):
+    write_set(tmp_path / "a", tokenizer_path, [128, 64], offset=5)
+    write_set(tmp_path / "b", tokenizer_path, [96, 32], offset=5)
+    sources = (MixtureSource(str(tmp_path / "a"), 0.25), MixtureSource(str(tmp_path / "b"), 0.75))
+    stream = open_stream(config(None, mixture=sources), 1, "validation")
+    index = stream.source.by_weight(np.arange(stream.num_rows))
+    dataset = stream.source.dataset_of(index)
+    for count in (4, 8, 20):
+        assert (dataset[:count] == 1).sum() == 0.75 * count
+    assert sorted(index.tolist()) == list(range(40)), "every row once, also where one set is at its end"
+    for number in (0, 1):
+        assert (np.diff(index[dataset == number]) == 1).all(), "each set in its own order"
+    rows, is_left_out = stream.read_held_out(np.arange(12, 20))
+    assert (rows == stream.read(index[12:20])).all()
+    assert not is_left_out.any()
+    cursor = Cursor(excluded_shards=("1:validation-000001.tar",))
+    gone = open_stream(config(None, mixture=sources), 1, "validation", cursor)
+    rows_left, is_left_out = gone.read_held_out(np.arange(40))
+    assert is_left_out.sum() == 4
+    assert (rows_left[~is_left_out] == stream.read(index)[~is_left_out]).all(), "no other row moves"
+    assert not rows_left[is_left_out].any()
+
+
+def test_the_mask_in_a_text_is_damage_of_its_shard(tmp_path, tokenizer_path):
+    mask = load_tokenizer(tokenizer_path).mask_token_id
+    shards = write_set(tmp_path, tokenizer_path, [64, 640, 64], offset=5)
+    assert [mask in shard for shard in shards] == [False, True, False]
+    plan, settings = BatchPlan(24, 24), config(tmp_path)
+    with BatchReader(open_stream(settings, 1), plan, Cursor(), 0, 1, True) as reader:
+        with pytest.raises(BadShardError, match=r"the mask, id 4, stands in its text \(row \d+ of the run\)") as caught:
+            list(itertools.islice(reader, 8))
+        assert caught.value.shard == "train-000001.tar"
+    with pytest.raises(BadShardError, match="the mask, id 4") as caught:
+        open_stream(settings, 1, "validation").read_held_out(np.arange(88))
+    assert caught.value.shard == "validation-000001.tar"
+    cursor = Cursor(excluded_shards=("train-000001.tar",))
+    with BatchReader(open_stream(settings, 1, cursor=cursor), plan, cursor, 0, 1, True) as reader:
+        assert len(list(itertools.islice(reader, 8))) == 8
 
 
 def test_mixture_excludes_the_shard_of_one_source_only(tmp_path, tokenizer_path):

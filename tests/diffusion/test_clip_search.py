@@ -1,27 +1,27 @@
-"""The closed-form clip search equals the brute-force one on a trained model, and its choice is stable."""
+"""The clip search against exact enumeration on a trained model: every interval, schedule and noise; its choice."""
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from bd3lm_scale.config.schema import ClipSearchConfig, DiffusionConfig
 from bd3lm_scale.diffusion.clip_search import (
-    NUM_BINS,
+    CountMoments,
     Interval,
-    TimeMoments,
+    LossMoments,
     candidate_intervals,
     choose_interval,
-    variance_table,
+    loss_table,
 )
 from bd3lm_scale.diffusion.loss import num_loss_tokens, score_rows
-from bd3lm_scale.diffusion.noising import given_noise, make_process, noise_rows, noise_rows_for_evaluation
-from bd3lm_scale.diffusion.schedule import get_schedule
+from bd3lm_scale.diffusion.noising import given_noise, noise_rows, noise_rows_for_evaluation
+from bd3lm_scale.diffusion.process import make_process
+from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES
 from bd3lm_scale.diffusion.variance import GradientMoments, spread
 from bd3lm_scale.values import LossSum, NoisyRows, Rows
 from tests.diffusion.heads import head_of
@@ -32,8 +32,8 @@ VOCAB, MASK, LENGTH, EPSILON = 13, 12, 16, 1e-3
 GRID = ClipSearchConfig()
 
 
-def process_for(block_size):
-    config = DiffusionConfig(block_size=block_size, ignore_bos=False)
+def process_for(block_size, schedule="loglinear", **changes):
+    config = DiffusionConfig(block_size=block_size, schedule=schedule, **{"ignore_bos": False, **changes})
     return make_process(config, LENGTH, VOCAB, MASK)
 
 
@@ -78,6 +78,7 @@ def trained() -> PlainDiT:
 
 
 ROWS, MOMENT_DRAWS, BRUTE_DRAWS = 384, 8, 2
+NOISES = {"binomial": {}, "resample": {"resample": True}, "stratified": {"mask_counts": "stratified"}}
 
 
 @dataclass(frozen=True)
@@ -87,141 +88,199 @@ class Truth:
     mean: float
     variance: float
     fourth: float
+    weight: float
+
+    @property
+    def relative(self) -> float:
+        return self.variance / self.weight**2
 
     def error(self, count: float) -> float:
         """Standard error of the sample variance of `count` blocks."""
         return math.sqrt((self.fourth - self.variance**2) / count)
 
 
-def losses_by_pattern(model: PlainDiT, process) -> dict[int, list[torch.Tensor]]:
-    """Block losses at t = 1 of every mask pattern, by number of masked tokens; at time t they are 1/t of that."""
+def losses_by_pattern(model: PlainDiT, process) -> dict[int, list[float]]:
+    """Powers 0 to 4 of the block losses at weight 1, summed over the mask patterns with k masked tokens, by k."""
     rows = text(ROWS, 7)
-    found: dict[int, list[torch.Tensor]] = {count: [] for count in range(process.block_size + 1)}
+    found = {count: [0.0] * 5 for count in range(process.block_size + 1)}
     for pattern in product([False, True], repeat=process.block_size):
         shown = torch.where(torch.tensor(pattern * process.num_blocks), MASK, rows.tokens_BL)
         noisy = given_noise(rows.tokens_BL, shown, torch.ones(ROWS, process.num_blocks), process, training=True)
         loss = score(model, noisy, process).block_loss_BN if any(pattern) else torch.zeros(ROWS, process.num_blocks)
-        found[sum(pattern)].append(loss)
+        for power in range(5):
+            found[sum(pattern)][power] += float((loss**power).mean())
     return found
 
 
-def exact_moments(patterns: dict[int, list[torch.Tensor]], interval: Interval, schedule="loglinear") -> Truth:
-    """Every mask of a block with its probability, integrated over t ~ U[interval] on a logarithmic grid."""
+def exact_moments(patterns: dict[int, list[float]], interval: Interval, process) -> Truth:
+    """Every mask of a block with its probability, integrated over t ~ U[interval] by the midpoint rule in ln t.
+
+    Written without the package's laws of the counts: a pattern's chance at time t, and what the noise makes of it.
+    """
     low, high = interval
-    points, weights = np.polynomial.legendre.leggauss(60 if schedule == "loglinear" else 600)
-    time = (torch.from_numpy(points) * math.log(high / low) / 2 + math.log(high * low) / 2).exp()
-    density = torch.from_numpy(weights) * math.log(high / low) / 2 * time / (high - low)
-    rate, weight = get_schedule(schedule).mask_rate(time), get_schedule(schedule).loss_weight(time)
-    size = max(patterns)
-    raw = []
-    for power in range(5):
-        terms = [
-            float((density * weight**power * rate**count * (1 - rate) ** (size - count)).sum() * (loss**power).mean())
-            for count, losses in patterns.items()
-            for loss in losses
-            if count or not power
-        ]
-        raw.append(sum(terms))
-    assert raw[0] == pytest.approx(1, abs=1e-9)
+    edges = torch.linspace(math.log(low), math.log(high), 10_001, dtype=torch.float64).exp()
+    time, density = (edges[1:] * edges[:-1]).sqrt(), edges.diff() / (high - low)
+    schedule, size = process.schedule, process.block_size
+    rate, weight = schedule.mask_rate(time), schedule.loss_weight(time)
+    chance = {k: rate**k * (1 - rate) ** (size - k) for k in range(size + 1)}  # of one pattern with k masked
+    if process.resample and interval != (EPSILON, 1.0):
+        ends = schedule.mask_rate(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        least, most = 0.0 if low == EPSILON else ends[0], ends[1]
+        kept = [k for k in chance if least - 1e-9 <= k / size <= most + 1e-9]
+        total = sum(math.comb(size, k) * chance[k] for k in kept)
+        chance = {k: chance[k] / total if k in kept else torch.zeros_like(rate) for k in chance}
+    if process.mask_counts == "stratified":
+        k_of = (rate * size).ceil()
+        chance = {k: (k_of == k) / math.comb(size, k) for k in chance}
+        weight = schedule.mask_rate_slope(time) * size / k_of
+    raw = [
+        sum(float((density * weight**power * chance[k]).sum()) * patterns[k][power] for k in chance if k or not power)
+        for power in range(5)
+    ]
+    assert raw[0] == pytest.approx(1, abs=1e-3)
     _, m1, m2, m3, m4 = raw
-    return Truth(m1, m2 - m1**2, m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4)
+    scale = float((density * schedule.loss_weight(time) * rate).sum())
+    return Truth(m1, m2 - m1**2, m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4, scale)
 
 
-@pytest.fixture(scope="module")
-def measured(trained) -> tuple[TimeMoments, dict[Interval, float], dict[Interval, Truth]]:
-    """Moments from evaluation draws; for every interval the variance from draws of its own, and the exact one."""
-    process, rows = process_for(4), text(ROWS, 7)
-    moments = TimeMoments(EPSILON)
+@pytest.fixture(scope="module", params=[False, True], ids=["all tokens", "first token clean"])
+def measured(request, trained) -> tuple[CountMoments, dict[int, list[float]], bool]:
+    """Moments from evaluation draws, and the losses of every mask."""
+    process, rows = process_for(4, ignore_bos=request.param), text(ROWS, 7)
+    moments = CountMoments(4)
     for draw in range(MOMENT_DRAWS):
-        noisy = noise_rows_for_evaluation(rows, process, seed=1, draw=draw, num_rows=ROWS)
-        moments.accumulate(noisy.time_BN, score(trained, noisy, process).block_loss_BN, noisy.is_real_B)
-    brute, truth = {}, {}
-    patterns = losses_by_pattern(trained, process)
-    for number, interval in enumerate(candidate_intervals(GRID.widths, GRID.step, EPSILON, 4)):
-        losses = []
-        for draw in range(BRUTE_DRAWS):
-            step = 10 * number + draw
-            noisy = noise_rows(rows, process, seed=2, step=step, global_batch_size=ROWS, interval=interval)
-            losses.append(score(trained, noisy, process).block_loss_BN)
-        brute[interval] = float(torch.cat(losses).var())
-        truth[interval] = exact_moments(patterns, interval)
-    return moments, brute, truth
+        noisy = noise_rows_for_evaluation(rows, process, seed=3, draw=draw, num_rows=ROWS)
+        moments.accumulate(noisy, score(trained, noisy, process))
+    return moments, losses_by_pattern(trained, process), request.param
 
 
-def test_closed_form_and_brute_force_agree_with_the_exact_variance(measured):
-    """For every interval of the paper's grid, within 4 exact standard errors each; closely where tails are light."""
-    moments, brute, truth = measured
-    table = variance_table(moments, GRID.widths, GRID.step, 4)
-    assert list(table) == list(brute)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+def test_every_interval_has_the_enumerated_variance_within_its_error_bar(measured, name, noise):
+    """The paper's whole grid, the heavy intervals at the singular end included, and the choice that follows."""
+    moments, patterns, ignore_bos = measured
+    process = process_for(4, name, ignore_bos=ignore_bos, **NOISES[noise])
+    table = loss_table(moments, process, GRID.widths, GRID.step)
     assert len(table) == 36
-    blocks = ROWS * 4
-    for interval, variance in table.items():
-        exact = truth[interval]
-        inside = MOMENT_DRAWS * blocks * (interval[1] - interval[0])
-        assert abs(variance - exact.variance) < 4 * exact.error(inside), interval
-        assert abs(brute[interval] - exact.variance) < 4 * exact.error(BRUTE_DRAWS * blocks), interval
-        if interval[0] >= 0.1:
-            assert variance == pytest.approx(exact.variance, rel=0.1), interval
+    truth = {interval: exact_moments(patterns, interval, process) for interval in table}
+    # stratified counts start the full range at 0, where the enumeration needs a positive time
+    exact = {i: t for i, t in truth.items() if not (noise == "stratified" and i[0] == EPSILON)}
+    for interval, want in exact.items():
+        got = table[interval]
+        assert abs(got.mean - want.mean) < 4 * math.sqrt(want.variance / (ROWS * MOMENT_DRAWS)), interval
+        assert abs(got.variance - want.variance) < 3 * got.stderr, interval
+        assert got.stderr < 0.07 * want.variance, interval  # the bar is narrow enough to say something
+    chosen = choose_interval({i: table[i] for i in exact}, (0.0, 0.1))
+    assert exact[chosen].relative < 1.04 * min(t.relative for t in exact.values())
 
 
-def test_closed_form_chooses_the_exact_minimum(measured):
-    moments, brute, truth = measured
-    chosen = choose_interval(variance_table(moments, GRID.widths, GRID.step, 4), (EPSILON, 1.0))
-    best = min(t.variance for t in truth.values())
-    assert truth[chosen].variance < 1.03 * best
-    assert best < 0.5 * truth[(EPSILON, 1.0)].variance  # there is something to find
-    brute_choice = min(brute, key=lambda i: brute[i])
-    error = truth[brute_choice].error(BRUTE_DRAWS * ROWS * 4)
-    assert abs(brute[brute_choice] - moments.variance(chosen)) < 4 * error
+def test_the_interval_depends_on_resample(measured):
+    """What the search must see: the best intervals of the two noises differ, and each is poor for the other."""
+    moments, patterns, ignore_bos = measured
+    chosen, truth = {}, {}
+    for noise in ("binomial", "resample"):
+        process = process_for(4, ignore_bos=ignore_bos, **NOISES[noise])
+        table = loss_table(moments, process, GRID.widths, GRID.step)
+        chosen[noise] = choose_interval(table, (EPSILON, 1.0))
+        truth[noise] = {i: exact_moments(patterns, i, process).relative for i in table}
+    assert chosen["binomial"] == (0.5, 1.0)
+    assert chosen["resample"] != chosen["binomial"]
+    for noise in chosen:
+        assert truth[noise][chosen[noise]] < 1.02 * min(truth[noise].values())
 
 
-@pytest.mark.parametrize("name", ["cosine", "square", "square_root", "log"])
-def test_one_evaluation_gives_the_variance_under_every_schedule(trained, measured, name):
-    """Loglinear moments, carried over to another schedule's interval, against exact enumeration under that schedule."""
-    moments, schedule = measured[0], get_schedule(name)
-    patterns = losses_by_pattern(trained, process_for(4))
-    widest = (EPSILON, 1.0)
-    for interval in (widest, (0.2, 0.7), (0.3, 0.8), (0.45, 0.95), (0.5, 1.0)):
-        exact, ours = exact_moments(patterns, interval, name), moments.variance(interval, schedule)
-        heavy = schedule.mask_rate(torch.tensor(interval[0], dtype=torch.float64)) < 0.1
-        assert ours == pytest.approx(exact.variance, rel=0.5 if heavy else 0.1), interval
-    table = variance_table(moments, GRID.widths, GRID.step, 4, schedule=schedule)
-    assert table[widest] == moments.variance(widest, schedule)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("interval", [(EPSILON, 1.0), (0.3, 0.8), (0.45, 0.95)])
+def test_draws_of_training_have_the_variance_of_the_table(trained, measured, noise, interval):
+    """The real noise, not an enumeration of it."""
+    moments, patterns, ignore_bos = measured
+    process, rows = process_for(4, ignore_bos=ignore_bos, **NOISES[noise]), text(ROWS, 7)
+    losses = []
+    for step in range(BRUTE_DRAWS):
+        noisy = noise_rows(rows, process, seed=2, step=step, global_batch_size=ROWS, interval=interval)
+        losses.append(score(trained, noisy, process).block_loss_BN)
+    drawn, got = torch.cat(losses).flatten(), moments.loss(interval, process)
+    error = exact_moments(patterns, interval, process).error(len(drawn))
+    assert abs(float(drawn.var()) - got.variance) < 4 * math.hypot(error, got.stderr)
+    assert abs(float(drawn.mean()) - got.mean) < 4 * math.sqrt(got.variance / len(drawn))
 
 
-@pytest.mark.parametrize("name", ["loglinear", "cosine", "square", "square_root", "log"])
-def test_carrying_over_is_exact_up_to_the_width_of_a_bin(name):
-    """Losses that depend on the mask rate alone, so that the variance is a plain integral."""
-    moments, schedule = TimeMoments(EPSILON), get_schedule(name)
-    rate = EPSILON + (1 - EPSILON) * (torch.arange(400_000, dtype=torch.float64)[None] + 0.5) / 400_000
-    moments.accumulate(rate, 1 + rate)
-    for low, high in ((EPSILON, 1.0), (EPSILON, 0.5), (0.123, 0.777), (0.5, 1.0)):
-        time = low + (high - low) * (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
-        at = schedule.mask_rate(time)
-        loss = schedule.mask_rate_slope(time) * (1 + at) * (at >= EPSILON)
-        exact = float(loss.var())
-        assert moments.variance((low, high), schedule) == pytest.approx(exact, rel=0.02, abs=1e-5), (low, high)
+def known_blocks(count: int, size: int, seed: int, bias=lambda k: 1.0):
+    """Evaluated blocks whose masked tokens have nll of mean bias(k), with their noise: NoisyRows and LossSum."""
+    process = replace(process_for(4), block_size=size, context_length=size)
+    rows = Rows(torch.zeros(count, size, dtype=torch.long), torch.arange(count), torch.ones(count, dtype=torch.bool))
+    noisy = noise_rows_for_evaluation(rows, process, seed=seed, draw=0, num_rows=count)
+    generator = torch.Generator().manual_seed(seed)
+    nll = -torch.rand(count, size, generator=generator, dtype=torch.float64).log()
+    k = noisy.masked_count_BN
+    loss = (nll * noisy.is_scored_BL).sum(1, keepdim=True) * bias(k) / noisy.time_BN / size
+    return process, noisy, LossSum(torch.zeros(()), loss)
 
 
-def test_blocks_of_one_token_under_another_schedule():
+@pytest.mark.parametrize("size", [4, 64, 128, 1000])
+def test_large_blocks_too(size):
+    """Blocks larger than the number of bins, some counts never seen: against the closed form of exponential nll."""
+    process, moments = None, CountMoments(size)
+    for seed in range(4):
+        process, noisy, loss = known_blocks(500, size, seed)
+        moments.accumulate(noisy, loss)
+    for interval in ((0.3, 0.8), (0.5, 1.0), (0.05, 0.55)):
+        got = moments.loss(interval, process)
+        # per masked token mean 1, variance 1: Var l = E[w^2 k]/S^2 + Var(w k)/S^2, with k ~ Bin(S, t), w = 1/t
+        low, high = interval
+        inverse = math.log(high / low) / (high - low)
+        exact = inverse / size + (inverse - 1) / size
+        assert got.mean == pytest.approx(1, rel=0.05)
+        assert abs(got.variance - exact) < 4 * got.stderr, interval
+        assert got.stderr < 0.2 * exact, interval
+
+
+@pytest.mark.parametrize(("size", "count"), [(4, 400), (64, 400)])
+def test_the_error_bar_is_the_spread_of_repeated_searches(size, count):
+    results = []
+    for seed in range(120):
+        process, noisy, loss = known_blocks(count, size, 1000 + seed, bias=lambda k: 1 + 2 * k / size)
+        moments = CountMoments(size)
+        moments.accumulate(noisy, loss)
+        results.append(moments.loss((0.3, 0.8), process))
+    variances = torch.tensor([r.variance for r in results])
+    claimed = float(torch.tensor([r.stderr for r in results]).mean())
+    assert claimed == pytest.approx(float(variances.std()), rel=0.25 if size > 4 else 0.2)
+
+
+def test_a_block_of_one_token_is_best_at_full_masking():
+    """From exact losses at t = 1 the variance at all other times is known, under every schedule; against draws."""
     generator = torch.Generator().manual_seed(0)
     nll = torch.rand(200_000, generator=generator, dtype=torch.float64) + 1
-    exact = TimeMoments(EPSILON)
-    exact.accumulate(torch.ones(len(nll), 1, dtype=torch.float64), nll[:, None])
-    for name in ("loglinear", "cosine", "square", "square_root", "log"):
-        schedule = get_schedule(name)
+    rows = Rows(torch.zeros(1, len(nll)).long(), torch.arange(1), torch.ones(1, dtype=torch.bool))
+    for name in SCHEDULE_NAMES:
+        process = replace(process_for(1, name), context_length=len(nll))
+        noisy = noise_rows_for_evaluation(rows, process, seed=1, draw=0, num_rows=1)
+        exact = CountMoments(1)
+        exact.accumulate(noisy, LossSum(torch.zeros(()), nll[None]))
+        table = loss_table(exact, process, GRID.widths, GRID.step)
+        assert list(table) == [(EPSILON, 1.0), (1.0, 1.0)]
+        assert table[(1.0, 1.0)].variance == pytest.approx(float(nll.var()))
         time = EPSILON + (1 - EPSILON) * torch.rand(len(nll), generator=generator, dtype=torch.float64)
-        masked = torch.rand(len(nll), generator=generator, dtype=torch.float64) < schedule.mask_rate(time)
-        drawn = spread(nll * schedule.loss_weight(time) * masked)
-        table = variance_table(exact, GRID.widths, GRID.step, 1, schedule=schedule)
-        assert abs(table[(EPSILON, 1.0)] - drawn.variance) < 4 * drawn.variance_stderr, name
+        masked = torch.rand(len(nll), generator=generator, dtype=torch.float64) < process.schedule.mask_rate(time)
+        drawn = spread(nll * process.schedule.loss_weight(time) * masked)
+        assert abs(table[(EPSILON, 1.0)].variance - drawn.variance) < 4 * drawn.variance_stderr, name
+        assert choose_interval(table, (EPSILON, 1.0)) == (1.0, 1.0)
+
+
+def test_an_interval_without_an_allowed_count_is_never_chosen(measured):
+    """Blocks of 4 have no share in [0.8, 0.95], and nothing but the empty mask in [0, 0.2]."""
+    process = process_for(4, resample=True)
+    for interval in ((0.8, 0.95), (EPSILON, 0.2)):
+        assert math.isnan(measured[0].loss(interval, process).relative)
+        assert measured[0].loss(interval, process_for(4)).relative > 0
 
 
 def test_clipping_lowers_the_variance_of_the_gradient_too(trained, measured):
     """What the search is for: at the chosen interval the gradient of a fixed batch spreads less over noise draws."""
     moments = measured[0]
-    chosen = choose_interval(variance_table(moments, GRID.widths, GRID.step, 4), (EPSILON, 1.0))
     process, rows = process_for(4), text(32, 5)
+    chosen = choose_interval(loss_table(moments, process, GRID.widths, GRID.step), (EPSILON, 1.0))
     parameters = {n: p.clone().requires_grad_() for n, p in trained.parameters.items()}
     model = PlainDiT(parameters, num_heads=2)
     results = []
@@ -245,70 +304,57 @@ def test_candidates_are_the_published_grid():
             assert a == pytest.approx(tuple(b), abs=1e-6)
 
 
-def test_finer_grids_are_free(measured):
-    moments, _, _ = measured
-    fine = variance_table(moments, (0.3, 0.45, 0.5, 0.55), 0.01, 4, current=(0.123, 0.456))
+def test_finer_grids_and_intervals_off_the_grid_are_free(measured):
+    moments, process = measured[0], process_for(4)
+    fine = loss_table(moments, process, (0.3, 0.45, 0.5, 0.55), 0.01, current=(0.123, 0.456))
     assert len(fine) > 180
     assert (0.123, 0.456) in fine
-    assert all(math.isfinite(v) and v > 0 for v in fine.values())
-    coarse = variance_table(moments, (0.5,), 0.05, 4)
+    assert all(math.isfinite(loss.variance) and loss.variance > 0 for loss in fine.values())
+    coarse = loss_table(moments, process, (0.5,), 0.05)
     assert all(fine[i] == coarse[i] for i in coarse if i in fine)
+    assert loss_table(moments, process, (0.5,), 0.05, schedule="square") == loss_table(
+        moments, process_for(4, "square"), (0.5,), 0.05
+    )
 
 
-def test_moments_add_up_over_ranks_and_survive_a_checkpoint():
-    generator = torch.Generator().manual_seed(0)
-    time = EPSILON + (1 - EPSILON) * torch.rand(64, 8, generator=generator, dtype=torch.float64)
-    loss = torch.rand(64, 8, generator=generator, dtype=torch.float64) / time
-    real = torch.rand(64, generator=generator) < 0.9
-    whole = TimeMoments(EPSILON)
-    whole.accumulate(time, loss, real)
-    parts = [TimeMoments(EPSILON) for _ in range(4)]
-    for rank, part in enumerate(parts):
-        part.accumulate(time[rank::4], loss[rank::4], real[rank::4])
-    together = TimeMoments.from_tensor(sum(p.as_tensor() for p in parts), EPSILON)
-    torch.testing.assert_close(together.as_tensor(), whole.as_tensor(), rtol=1e-14, atol=1e-14)
-    assert int(whole.as_tensor()[0].sum()) == int(real.sum()) * 8
-    # aligned interval: exactly the sample variance of the blocks inside
-    inside = (time[real] >= 0.25) & (time[real] < 0.75)
-    assert whole.variance((0.25, 0.75)) == pytest.approx(float(loss[real][inside].var()), rel=1e-10)
+def test_moments_add_up_over_ranks_and_survive_a_checkpoint(trained):
+    process, rows = process_for(4), text(64, 3)
+    rows = replace(rows, is_real_B=torch.arange(64) % 7 > 0)
+    noisy = noise_rows_for_evaluation(rows, process, seed=1, draw=0, num_rows=64)
+    whole = CountMoments(4)
+    whole.accumulate(noisy, score(trained, noisy, process))
+    sums = torch.zeros_like(whole.as_tensor())
+    for rank in range(4):
+        mine = torch.arange(64) % 4 == rank
+        part = CountMoments(4)
+        own = Rows(rows.tokens_BL[mine], rows.position_B[mine], rows.is_real_B[mine])
+        shard = noise_rows_for_evaluation(own, process, seed=1, draw=0, num_rows=64)
+        part.accumulate(shard, score(trained, shard, process))
+        sums += part.as_tensor()
+    together = CountMoments.from_tensor(sums.flatten(), 4)
+    torch.testing.assert_close(together.as_tensor(), whole.as_tensor(), rtol=1e-4, atol=1e-4)
+    assert int(whole.as_tensor()[0].sum()) == int(rows.is_real_B.sum()) * 4
 
 
-def test_partial_bins_count_in_proportion():
-    moments = TimeMoments(EPSILON)
-    time = (torch.arange(NUM_BINS * 10, dtype=torch.float64)[None] + 0.5) / (NUM_BINS * 10)
-    moments.accumulate(time, time)
-    # l = t: variance width^2/12 up to the spread inside a bin
-    for low, high in ((0.1, 0.6), (0.10037, 0.60011), (0.2003, 0.2997)):
-        assert moments.variance((low, high)) == pytest.approx((high - low) ** 2 / 12, rel=2e-2)
-
-
-def test_blocks_of_one_token_are_best_at_full_masking():
-    """From exact losses at t = 1 the variance at all other times is known; checked against draws."""
-    generator = torch.Generator().manual_seed(0)
-    nll = torch.rand(200_000, generator=generator, dtype=torch.float64) + 1
-    exact = TimeMoments(EPSILON)
-    exact.accumulate(torch.ones(len(nll), 1, dtype=torch.float64), nll[:, None])
-    table = variance_table(exact, GRID.widths, GRID.step, 1)
-    assert table[(1.0, 1.0)] == pytest.approx(float(nll.var()))
-    time = EPSILON + (1 - EPSILON) * torch.rand(len(nll), generator=generator, dtype=torch.float64)
-    masked = torch.rand(len(nll), generator=generator, dtype=torch.float64) < time
-    drawn = spread(nll / time * masked)
-    assert abs(table[(EPSILON, 1.0)] - drawn.variance) < 4 * drawn.variance_stderr
-    assert choose_interval(table, (EPSILON, 1.0)) == (1.0, 1.0)
+def at(relative: float) -> LossMoments:
+    return LossMoments(2.0, 9.0 * relative, 0.1, 3.0)
 
 
 def test_choice_changes_only_for_more_than_one_percent():
     a, b, c = (EPSILON, 1.0), (0.3, 0.8), (0.45, 0.95)
-    assert choose_interval({a: 10.0, b: 5.0, c: 4.96}, b) == b
-    assert choose_interval({a: 10.0, b: 5.0, c: 4.94}, b) == c
-    assert choose_interval({a: 10.0, b: 5.0, c: 5.0}, a) == b
-    assert choose_interval({a: math.nan, b: 5.0}, a) == b
-    assert choose_interval({a: math.nan, b: math.nan}, a) == a
-    assert choose_interval({b: 5.0}, c) == b
+    assert choose_interval({a: at(10.0), b: at(5.0), c: at(4.96)}, b) == b
+    assert choose_interval({a: at(10.0), b: at(5.0), c: at(4.94)}, b) == c
+    assert choose_interval({a: at(10.0), b: at(5.0), c: at(5.0)}, a) == b
+    assert choose_interval({a: at(math.nan), b: at(5.0)}, a) == b
+    assert choose_interval({a: at(math.nan), b: at(math.nan)}, a) == a
+    assert choose_interval({b: at(5.0)}, c) == b
 
 
-def test_unmeasured_intervals_are_unknown():
-    moments = TimeMoments(EPSILON)
-    moments.accumulate(torch.full((1, 4), 0.3, dtype=torch.float64), torch.ones(1, 4))
-    assert math.isnan(moments.variance((0.5, 1.0)))
-    assert moments.variance((0.2, 0.7)) == 0.0
+def test_a_smaller_scale_of_the_loss_is_no_advantage():
+    """Half the weights have a quarter of the variance, and nothing is gained."""
+    low, high = (0.0, 0.5), (0.5, 1.0)
+    assert choose_interval({low: LossMoments(1, 1.1, 0.1, 0.5), high: LossMoments(2, 4.0, 0.1, 1.0)}, low) == high
+
+
+def test_nothing_measured_is_unknown():
+    assert math.isnan(CountMoments(4).loss((0.5, 1.0), process_for(4)).variance)

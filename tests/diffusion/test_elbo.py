@@ -1,6 +1,7 @@
 """The objective, enumerated exactly on a 3-token vocabulary: it is the bound it claims to be, under every schedule."""
 
 import math
+from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 
 from bd3lm_scale.config.schema import DiffusionConfig
 from bd3lm_scale.diffusion.loss import row_losses, score_rows
-from bd3lm_scale.diffusion.noising import given_noise, make_process, noise_rows, noise_rows_for_evaluation
+from bd3lm_scale.diffusion.mask_counts import count_weights
+from bd3lm_scale.diffusion.noising import given_noise, noise_rows, noise_rows_for_evaluation
+from bd3lm_scale.diffusion.process import make_process
 from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES, get_schedule
 from bd3lm_scale.values import Rows
 from tests.diffusion.heads import head_of
@@ -124,6 +127,22 @@ def test_drawn_noise_averages_to_the_enumerated_loss(schedule, block_size):
     z = (means.mean(0) - expected) / (means.std(0) / steps**0.5)
     assert z.abs().max() < 4, z
     assert (means.std(0) / steps**0.5 / expected).max() < 0.015  # the test has power
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+def test_stratified_counts_have_the_bound_itself_for_their_mean(schedule):
+    """Every count and every set of places, with the law of the drawn noise: no time is left out, and no clipping."""
+    process = replace(process_for(4, schedule), mask_counts="stratified")
+    law = count_weights(process, (1e-3, 1.0))
+    total = torch.zeros(len(TEXT), dtype=torch.float64)
+    for pattern in product([False, True], repeat=4):
+        count = sum(pattern)
+        if count:
+            is_masked = torch.tensor(pattern)
+            nll = -(log_probs(TEXT, torch.where(is_masked, MASK, TEXT), 4) * is_masked).sum(1)
+            total += law[1, count] / math.comb(4, count) * nll
+    floor = 0 if schedule in ("loglinear", "log") else 4e-3  # mask rates under 1e-3, which the schedule leaves out
+    torch.testing.assert_close(total, any_order_nll(TEXT, 4), rtol=1e-7 + floor, atol=0)
 
 
 def test_evaluation_averages_to_the_bound_whatever_the_training_schedule():

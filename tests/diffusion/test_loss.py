@@ -9,7 +9,8 @@ import torch
 
 from bd3lm_scale.config.schema import DiffusionConfig
 from bd3lm_scale.diffusion.loss import num_loss_tokens, row_losses, score_rows, token_losses
-from bd3lm_scale.diffusion.noising import given_noise, make_process, noise_rows, noise_rows_for_evaluation
+from bd3lm_scale.diffusion.noising import given_noise, noise_rows, noise_rows_for_evaluation
+from bd3lm_scale.diffusion.process import make_process
 from bd3lm_scale.values import Rows
 from tests.diffusion.heads import head_of
 

@@ -1,5 +1,6 @@
 """Noise is a pure function of seed, step, position, block and token; times are unbiased; masks have their rates."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from bd3lm_scale.config.schema import DiffusionConfig
-from bd3lm_scale.diffusion.noising import make_process, noise_rows, noise_rows_for_evaluation, stream_hash
+from bd3lm_scale.diffusion.mask_counts import count_weights
+from bd3lm_scale.diffusion.noising import noise_rows, noise_rows_for_evaluation, stream_hash
+from bd3lm_scale.diffusion.process import make_process
 from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES
 from bd3lm_scale.diffusion.times import draw_times, evaluation_times
 from bd3lm_scale.values import NoisyRows, Rows
@@ -177,7 +180,7 @@ def test_sigma_reaches_only_conditioned_networks():
 
 
 def test_resample_keeps_the_masked_share_inside_the_interval():
-    """And so never shows the fully masked block at block size 4: why it is off by default."""
+    """And so never shows the fully masked block at block size 4 under the paper's interval."""
     rows = text(512)
     for length_process, low_high, allowed in (
         (process_for(resample=True, ignore_bos=False), (0.45, 0.95), {2, 3}),
@@ -209,6 +212,52 @@ def test_resample_changes_how_many_tokens_are_masked(resample, percent):
 def test_resample_that_can_never_succeed_is_refused():
     with pytest.raises(ValueError, match=r"diffusion.resample \(true\).*block of 1"):
         noise(text(4), process_for(block_size=1, resample=True), interval=(0.45, 0.95))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+def test_resample_keeps_the_share_between_the_mask_rates_of_the_interval(schedule):
+    """Whatever the schedule, and so never in vain: a share that the times of the interval do not give cannot be met."""
+    process = process_for("mdlm", length=512, resample=True, ignore_bos=False, schedule=schedule)
+    noisy = noise(text(64, 512), process, gbs=64, interval=(0.3, 0.6))
+    low, high = process.schedule.mask_rate(torch.tensor([0.3, 0.6], dtype=torch.float64)).tolist()
+    share = noisy.masked_count_BN / 512
+    assert share.min() >= low
+    assert share.max() <= high
+    assert share.max() - share.min() > 0.8 * (high - low)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+@pytest.mark.parametrize("changes", [{}, {"resample": True}, {"mask_counts": "stratified"}], ids=str)
+def test_counts_and_weights_are_drawn_from_their_law(changes, schedule):
+    """Mean of w^q where k tokens are masked: the closed form that the clip search rests on, against drawn noise."""
+    process = process_for(schedule=schedule, ignore_bos=False, **changes)
+    for interval in ((0.3, 0.8), (0.45, 0.95), (0.2, 1.0)):
+        noisy = noise(text(4096), process, gbs=4096, interval=interval)
+        count, weight_BN = noisy.masked_count_BN, noisy.weight_BL.reshape(4096, 8, 4).amax(2).double()
+        law = count_weights(process, interval)
+        for k in range(5):
+            is_k = (count == k).double()
+            for power in range(3 if k else 1):
+                values = is_k * weight_BN**power if power else is_k
+                error = float(values.std()) / values.numel() ** 0.5
+                assert abs(float(values.mean() - law[power, k])) < 4 * error + 1e-4, (interval, k, power)
+
+
+def test_stratified_counts_are_equally_frequent_and_their_places_uniform():
+    process = process_for(mask_counts="stratified", ignore_bos=False)
+    noisy = noise(text(1024), process, gbs=1024)
+    shown = noisy.is_scored_BL.reshape(-1, 4)
+    counts = torch.bincount(shown.sum(1), minlength=5)
+    assert counts[0] == 0
+    assert (counts[1:] - 2048).abs().max() <= 1, "as even as 8192 strata allow"
+    for k in (1, 2, 3):
+        patterns = (shown[shown.sum(1) == k] * 2 ** torch.arange(4)).sum(1).bincount(minlength=16)
+        possible = patterns[patterns > 0]
+        assert len(possible) == math.comb(4, k)
+        expected = 2048 / len(possible)
+        assert (possible - expected).abs().max() < 4 * expected**0.5
+    mass = noisy.weight_BL.reshape(-1, 4).sum(1)
+    assert torch.equal(mass, torch.full_like(mass, 4.0)), "every block has the same total weight"
 
 
 def test_bad_block_size_is_refused():

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from bd3lm_scale.config.schema import DiffusionConfig
 from bd3lm_scale.diffusion.loss import num_loss_tokens, score_rows
-from bd3lm_scale.diffusion.noising import given_noise, make_process
+from bd3lm_scale.diffusion.noising import given_noise
+from bd3lm_scale.diffusion.process import make_process
 from bd3lm_scale.diffusion.visibility import training_visibility
 from tests.diffusion.heads import head_of
 from tests.plain_dit import PlainDiT, block_diffusion_mask, random_parameters

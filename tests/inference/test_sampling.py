@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bd3lm_scale.checkpoint.hf.export import export_hf
+from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
 from bd3lm_scale.checkpoint.reader import find_checkpoint, open_checkpoint
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.inference.sampling import main
@@ -135,6 +137,44 @@ def test_four_processes_give_the_samples_of_one(runs, tmp_path):
     assert [r["sample"] for r in records] == list(range(5))
 
 
+@pytest.mark.parametrize("objective", ["bd3lm", "mdlm", "ar", "sedd"])
+def test_gaps_in_a_text_are_filled(runs, tmp_path, objective):
+    """One gap has the exported model's own log-probability; more of them, in texts of any length, are all written."""
+    tokenizer, steps = (
+        load_tokenizer(runs[objective] / "tokenizer"),
+        ["sampling.steps=8"] if objective == "sedd" else [],
+    )
+    texts = ["def f(x):<mask:1> return x", "import <mask:3> as<mask>", "import <mask:2>"]
+    arguments = [argument for text in texts for argument in ("--infill", text)]
+    records = sample(runs[objective], *arguments, "--num-samples", 2, *steps, output=tmp_path / "out.jsonl")
+    starts = [("def f(x):", " return x"), ("import ", " as"), ("import ", "")]
+    assert [record["sample"] for record in records] == list(range(6))
+    for record, (before, after), count in zip(
+        records, [s for s in starts for _ in "ab"], (1, 1, 4, 4, 2, 2), strict=True
+    ):
+        given = len(tokenizer.encode(before)) + 1
+        assert record["tokens"][:given] == [tokenizer.eos_token_id, *tokenizer.encode(before)]
+        assert after in record["text"]
+        assert [slot["token"] for slot in record["slots"]] == [record["tokens"][s["position"]] for s in record["slots"]]
+        assert (len(record["slots"]), record["slots"][0]["position"]) == (count, given)
+        assert record["num_tokens"] == record["length"] == record["prompt_tokens"] + count
+        assert tokenizer.mask_token_id not in record["tokens"]
+        assert all(slot["log_prob"] < 0 for slot in record["slots"])
+    if objective != "sedd":
+        export_hf(open_checkpoint(find_checkpoint(runs[objective])), tmp_path / "hf")
+        model = BD3LM.from_pretrained(tmp_path / "hf").eval()
+        tokens = torch.tensor([records[0]["tokens"]])
+        tokens = tokens[:, : tokens.shape[1] // 4 * 4]  # whole blocks, so that nothing is open but the gap
+        slot = records[0]["slots"][0]
+        if objective == "ar":
+            nats = model.score(tokens).token_nats[0, slot["position"]]
+        else:
+            labels = torch.full_like(tokens, -100)
+            labels[0, slot["position"]] = slot["token"]
+            nats = model.score(tokens, labels=labels).nats[0]
+        assert -slot["log_prob"] == pytest.approx(float(nats), abs=2e-4)
+
+
 @pytest.mark.parametrize(
     ("objective", "arguments", "message"),
     [
@@ -144,6 +184,11 @@ def test_four_processes_give_the_samples_of_one(runs, tmp_path):
         ("bd3lm", ["--checkpoint", "3"], "no checkpoint of step 3"),
         ("bd3lm", ["sampling.nucleus=0.5"], "sampling.nucleus_p"),
         ("bd3lm", ["--prompts", "nowhere.txt"], "no such file"),
+        ("bd3lm", ["--infill", "no gap"], "nothing to fill in"),
+        ("bd3lm", ["--infill", "a <mask:0>"], "nothing to fill in"),
+        ("bd3lm", ["--infill", "a <mask:2>", "--length", "9"], "leave out --prompt"),
+        ("sedd", ["--infill", "a <mask:40>"], "no way beyond its context of 32"),
+        ("ar", ["--infill", "a <mask:2>", "sampling.sampler=ancestral"], "sampling.sampler (ancestral)"),
     ],
 )
 def test_mistakes_get_one_clear_message(runs, capsys, objective, arguments, message):

@@ -15,8 +15,8 @@ import pytest
 from bd3lm_scale.launcher.policy import (
     Action,
     Ending,
+    History,
     Limits,
-    Memory,
     choose_nodes,
     decide,
     describe_code,
@@ -252,20 +252,20 @@ def test_decisions(code, reason, stop_asked, can_requeue, action):
 
 def test_memory_survives_requeues_and_new_checkpoints_clear_it(tmp_path):
     limits = Limits(backoff_seconds=2)
-    memory = Memory(tmp_path)
+    memory = History(tmp_path)
     memory.note_checkpoint(10)
     pauses = []
     for number in range(1, 4):
         assert memory.add_failure(Ending(1, "x", step=12)) == number
         pauses.append(memory.backoff(limits))
-        memory = Memory(tmp_path)
+        memory = History(tmp_path)
     assert pauses == [0, 2, 4]
     memory.blame_node()
     assert memory.add_failure(Ending(1, "x")) == 3, "a lost node does not count"
     memory.note_checkpoint(10)
     assert len(memory.failures) == 4
     memory.note_checkpoint(20)
-    assert Memory(tmp_path).failures == []
+    assert History(tmp_path).failures == []
 
 
 @pytest.mark.parametrize(

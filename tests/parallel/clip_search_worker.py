@@ -37,10 +37,9 @@ def agreement_of(mesh: Mesh) -> Agreement:
 def train_steps(session: Session, count: int) -> list[dict]:
     reports = []
     for _ in range(count):
-        _, rows = session.agree(False)
-        report, _ = train_step(session.engine, session.config, session.step, rows, session.interval, session.policy)
+        outcome = train_step(session.engine, session.config, session.step, session.read().noised, session.policy)
         session.advance()
-        reports.append(dataclasses.asdict(report))
+        reports.append(dataclasses.asdict(outcome.report))
     return reports
 
 
@@ -63,7 +62,7 @@ def search(name: str, overrides: list[str], output: Path, world: int) -> dict:
     for _ in range(2):
         train_steps(session, 2)
         table = session.search_clip_interval(validate(session.engine, config, held_out, rows=ROWS, use_ema=True))
-        tables.append({f"{low:g}-{high:g}": value for (low, high), value in table.items()})
+        tables.append({f"{low:g}-{high:g}": loss.variance for (low, high), loss in table.items()})
         intervals.append(session.interval)
     after = train_steps(session, 1)
     session.save()

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import deque
 from pathlib import Path
 from unittest import mock
 
@@ -23,14 +24,14 @@ from megatron.core import parallel_state
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.config.checks import check
 from bd3lm_scale.config.load import load_config
-from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.config.schema import RunConfig, RuntimeConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.engine import Engine, build_engine
 from bd3lm_scale.optim import zero
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh, new_host_group, shutdown
 from bd3lm_scale.parallel.mpu import ModelParallelUnit
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.training.step import train_step
+from bd3lm_scale.training.step import noise_step, train_step
 from bd3lm_scale.validation import validate
 from bd3lm_scale.values import Rows
 
@@ -142,7 +143,8 @@ def harm(what: str, engine: Engine, policy: AnomalyPolicy):
             _, parameter = engine.optimizer.named[-1]
             stack.callback(parameter.register_hook(lambda gradient: gradient * float("nan")).remove)
         elif what == "spike":
-            stack.enter_context(mock.patch.object(policy, "suspicion", return_value="spike: here"))
+            stack.enter_context(mock.patch.object(policy, "config", RuntimeConfig(spike_factor=1.5)))
+            stack.enter_context(mock.patch.object(policy, "_losses", deque([1e-3] * 20)))
         yield
 
 
@@ -197,10 +199,11 @@ def _run_case(name: str, overrides: list[str], harms: str, output: Path, world_s
         if what == "absent":
             continue
         with harm(what, engine, policy):
-            report, verdict = train_step(engine, config, step, batches_of(config, mesh, step), (0.0, 1.0), policy)
-        assert verdict == ("skip" if what else "ok"), (name, step, verdict)
+            noised = noise_step(engine, config, step, batches_of(config, mesh, step), (0.0, 1.0))
+            outcome = train_step(engine, config, step, noised, policy)
+        assert outcome.verdict == ("skip" if what else "ok"), (name, step, outcome.verdict)
         if not what:
-            steps.append(dataclasses.asdict(report))
+            steps.append(dataclasses.asdict(outcome.report))
     result = validate(engine, config, RandomStream(config.data.context_length), rows=10, draws=2, use_ema=True)
     if saves:  # without mpu state is owned twice or not at all, and the store refuses that
         store = CheckpointStore(output / name / "checkpoints", config.checkpoint, mesh.rank, world_size, group)

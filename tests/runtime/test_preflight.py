@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from bd3lm_scale.runtime.exit_codes import ExitCode
-from bd3lm_scale.runtime.preflight import Entry, judge, table
+from bd3lm_scale.runtime.preflight import NodeReport, judge, table
 from bd3lm_scale.runtime.run_folder import read_json
 
-FIT = [Entry(r, f"n{r // 2}", "gpu", 70.0, 500.0, 1000.0, 2.0, "torch 2", "c0de", "c0f1", 4096) for r in range(6)]
+FIT = [NodeReport(r, f"n{r // 2}", "gpu", 70.0, 500.0, 1000.0, 2.0, "torch 2", "c0de", "c0f1", 4096) for r in range(6)]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def session(monkeypatch):
     """At step 0; its only checkpoint is of step 10, saved before anything was skipped."""
     monkeypatch.setattr(module, "restore", lambda session, reader: session.seek(Cursor(10)))
     config = RunConfig(train=TrainConfig(global_batch_size=8))
-    parts = {name: Mock() for name in ("engine", "stream", "batches", "store", "agreement")}
+    parts = {name: Mock() for name in ("engine", "stream", "ahead", "store", "agreement")}
     policy = AnomalyPolicy(config.runtime)
     return Session(config, **parts, policy=policy, cursor=Cursor(), interval=(0.0, 1.0))
 

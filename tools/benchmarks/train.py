@@ -25,11 +25,12 @@ from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
 from bd3lm_scale.config.load import load_config
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.diffusion.loss import num_loss_tokens, score_rows
-from bd3lm_scale.diffusion.noising import Process, make_process, noise_rows
+from bd3lm_scale.diffusion.noising import noise_rows
+from bd3lm_scale.diffusion.process import Process, make_process
 from bd3lm_scale.engine import build_engine, prepare_batch
 from bd3lm_scale.optim.ema import AdamWithEma
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh
-from bd3lm_scale.values import HeadRows, NoisyRows
+from bd3lm_scale.values import HeadRows, Interval, NoisyRows
 
 ROOT = Path(__file__).resolve().parents[2]
 # The shape of the published CPU figures: 6 layers, D 256, H 8, V 8192, L 256, L' 16, batch 8.
@@ -104,7 +105,7 @@ def plain_rate(steps: int, overrides: list[str]) -> float:
     model = engine.chunks[0]
 
     def loss_sum(noisy: NoisyRows) -> Tensor:
-        batch = prepare_batch(noisy, None, mesh.device)
+        batch = prepare_batch(noisy)
         out = model(noisy.input_BP, noisy.sigma_B, None, batch.index_R, batch.target_R)
         return score_rows(HeadRows(out[0], out[1], batch.index_R, batch.is_real_R), noisy, engine.process).weighted_nll
 
@@ -153,7 +154,7 @@ def loop_rate(
     (rows,), size = random_rows(config, mesh, process.vocab_size), config.train.global_batch_size
     for step in range(2 + steps):
         started = time.process_time()
-        noisy = noise_rows(rows, process, seed=1, step=step, global_batch_size=size, interval=(0.0, 1.0))
+        noisy = noise_rows(rows, process, seed=1, step=step, global_batch_size=size, interval=Interval(0.0, 1.0))
         (loss_sum(noisy) / num_loss_tokens(process, size)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()

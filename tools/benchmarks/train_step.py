@@ -21,7 +21,7 @@ from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.engine import build_engine
 from bd3lm_scale.parallel.mesh import Mesh, init_mesh, new_host_group, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.training.step import train_step
+from bd3lm_scale.training.step import FULL_RANGE, noise_step, train_step
 from bd3lm_scale.values import Rows
 
 VOCAB_SIZE = 50258
@@ -51,7 +51,7 @@ def time_steps(config: RunConfig, steps: int, warmup: int) -> dict[str, float]:
     walls, cpus = [], []
     for step in range(warmup + steps):
         wall, cpu = time.perf_counter(), time.process_time()
-        train_step(engine, config, step, rows, (0.0, 1.0), policy)
+        train_step(engine, config, step, noise_step(engine, config, step, rows, FULL_RANGE), policy)
         if on_gpu:
             torch.cuda.synchronize()
         walls.append(time.perf_counter() - wall)

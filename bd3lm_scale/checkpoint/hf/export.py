@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.hf.model_card import model_card, training_rows
+from bd3lm_scale.checkpoint.hf.settings_bd3lm import SAMPLERS
 from bd3lm_scale.checkpoint.hf.tokenizer_files import TokenizerLike, TokenizerReport, export_tokenizer
 from bd3lm_scale.checkpoint.names import (
     PREFIX,
@@ -33,9 +34,20 @@ from bd3lm_scale.checkpoint.names import (
 )
 from bd3lm_scale.config.load import from_dict
 from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.values import Interval
 
 CODE_FILES = tuple(
-    f"{part}_bd3lm.py" for part in ("configuration", "modeling", "generation", "likelihood", "inputs", "vocabulary")
+    f"{part}_bd3lm.py"
+    for part in (
+        "configuration",
+        "modeling",
+        "generation",
+        "likelihood",
+        "progress",
+        "settings",
+        "inputs",
+        "vocabulary",
+    )
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -89,6 +101,7 @@ def export_hf(
     max_shard_size: str | int = "5GB",
     tokenizer: TokenizerLike | None = None,
     figures: dict[str, Any] | None = None,
+    sampler: str | None = None,
 ) -> ExportReport:
     """Write a checkpoint as a Hugging Face folder.
 
@@ -100,9 +113,11 @@ def export_hf(
         max_shard_size: bytes, or text as "5GB"; larger models are split, with an index.
         tokenizer: the run's tokenizer; None leaves it out.
         figures: training figures for the model card.
+        sampler: what `generate` uses unless told otherwise; None: the run's (sampling.sampler).
 
     Raises:
-        ValueError: an unknown choice, or a checkpoint whose tensors do not fit its configuration.
+        ValueError: an unknown choice, a sampler that the exported class does not have, or a checkpoint whose tensors do
+            not fit its configuration.
         FileExistsError: the destination is not empty.
     """
     destination = Path(destination)
@@ -112,6 +127,7 @@ def export_hf(
         raise ValueError(f"dtype ({dtype}): unknown; use {' or '.join(DTYPES)}")
     kind = kind_of(reader, weights)
     config, vocab_size = from_dict(reader.meta["config"]), int(reader.meta["vocab_size"])
+    chosen = chosen_sampler(config, sampler)
     arch = Architecture.of(config, vocab_size)
     check_native(reader, arch, kind)
     destination.mkdir(parents=True, exist_ok=True)
@@ -126,7 +142,7 @@ def export_hf(
         parse_size(max_shard_size),
     )
     _write_json(destination / "config.json", fields)
-    _write_json(destination / "generation_config.json", generation_fields(config, written))
+    _write_json(destination / "generation_config.json", generation_fields(config, written, chosen))
     for name in CODE_FILES:
         shutil.copyfile(Path(__file__).with_name(name), destination / name)
     used = "ema" if kind == "ema" else "raw"
@@ -157,7 +173,7 @@ def config_fields(
     """The content of config.json: the published fields, and what they leave unsaid."""
     objective = config.diffusion.objective
     clip = meta.get("clip") or {"low": config.diffusion.clip_low, "high": config.diffusion.clip_high}
-    low = max(float(clip["low"]), config.diffusion.time_epsilon)
+    low, _ = Interval(float(clip["low"]), float(clip["high"])).floored(config.diffusion.time_epsilon)
     fields = {
         "architectures": ["BD3LM"],
         "auto_map": {
@@ -195,6 +211,7 @@ def config_fields(
             "step": meta.get("step", 0),
             "tokens": meta.get("tokens", 0),
             "precision": config.precision,
+            "wrap_rows": config.data.wrap_rows,
             "diffusion": _json_values(asdict(config.diffusion)),
         },
     }
@@ -203,22 +220,40 @@ def config_fields(
     return fields
 
 
-def generation_fields(config: RunConfig, tokenizer: TokenizerReport | None) -> dict[str, Any]:
-    """The content of generation_config.json: defaults of `generate`."""
+def chosen_sampler(config: RunConfig, sampler: str | None = None) -> str:
+    """The sampler of `generate`; ValueError where the exported class does not have it."""
+    samplers, name = SAMPLERS[config.diffusion.objective], sampler or config.sampling.sampler
+    name = samplers[0] if name == "auto" else name
+    if name not in samplers:
+        raise ValueError(
+            f"sampling.sampler ({name}): the exported class of {config.diffusion.objective} models does not have it; "
+            f"choose what generate uses with --sampler {' or '.join(samplers)}"
+        )
+    return name
+
+
+def generation_fields(config: RunConfig, tokenizer: TokenizerReport | None, sampler: str) -> dict[str, Any]:
+    """The content of generation_config.json: defaults of `generate`, what the run's sampling section says.
+
+    bos_token_id is what text without a prompt starts with: the token that precedes documents in training rows, which
+    is BOS where rows are wrapped (data.wrap_rows) and otherwise EOS, as the sample command has it.
+    """
     sampling = config.sampling
     fields: dict[str, Any] = {
-        "do_sample": True,
+        "do_sample": sampling.temperature > 0,
         "max_new_tokens": sampling.length,
         "temperature": sampling.temperature or 1.0,
         "top_p": sampling.nucleus_p,
-        "sampler": "ancestral" if sampling.sampler == "ancestral" else "first_hitting",
+        "top_k": sampling.top_k or 0,
+        "sampler": sampler,
         "num_steps": min(sampling.steps, config.data.context_length),
+        "threshold": sampling.threshold,
         "transformers_version": "4.49.0",
     }
-    if sampling.top_k is not None:
-        fields["top_k"] = sampling.top_k
     if tokenizer is not None:
         fields |= {f"{n}_token_id": tokenizer.ids[f"{n}_token_id"] for n in ("bos", "eos", "pad")}
+        if not config.data.wrap_rows:
+            fields["bos_token_id"] = fields["eos_token_id"]
     return fields
 
 

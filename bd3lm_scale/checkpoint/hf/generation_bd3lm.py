@@ -1,67 +1,32 @@
-"""Text generation of the exported BD3-LM models; depends on torch only.
+"""Text generation of the exported BD3-LM models; depends on torch and transformers only.
 
 Text is produced region by region, left to right: a region is a block of L' tokens (bd3lm) or a stretch of a sliding
 window (mdlm, sedd). A region starts as masks and is unmasked by one of
 
     first_hitting   one token at a time in random order, as the continuous-time process would (Zheng et al. 2024)
     ancestral       num_steps steps; each unmasks every masked token with chance 1 / (steps left)
+    confidence      every token whose best candidate has probability `threshold` at once, and at least the surest
+    entropy         every token with at most `threshold` nats of entropy at once, and at least the surest
 
-Shapes: B rows, L tokens of the longest row, S tokens in a region, V ids including the mask.
+With fill=True the regions are those of the given text, and only its masks are open.
+
+Shapes: B rows, L tokens of the longest row, N columns of the prompt as given, S tokens in a region, V ids including the
+mask.
 """
 
-from dataclasses import dataclass, fields
-
 import torch
+from transformers import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 
-from .likelihood_bd3lm import TIME_EPSILON, sigma_of
+from .inputs_bd3lm import Alignment, checked_ids
+from .likelihood_bd3lm import TIME_EPSILON, evaluating, sigma_of
+from .progress_bd3lm import GenerateOutput, Progress, Region
+from .settings_bd3lm import Settings, settings_of
 
-
-@dataclass
-class Settings:
-    """What `generate` takes besides the prompt; defaults come from generation_config.json.
-
-    Attributes:
-        max_new_tokens: tokens added to each prompt.
-        max_length: in its place, prompt and new tokens together.
-        num_return_sequences: samples per prompt.
-        do_sample: false takes the most likely token (temperature 0).
-        temperature, top_k, top_p: top_p keeps the tokens whose cumulative probability does not exceed it.
-        sampler: first_hitting | ancestral (sedd has its analytic sampler, ar goes token by token).
-        num_steps: steps per region of ancestral and sedd.
-        use_cache: keep keys and values of finished blocks (bd3lm, ar).
-        stop_at_eos: a row ends after its first new EOS.
-        eos_token_id, bos_token_id, pad_token_id: default: the generation config's.
-        seed: of the draws; None draws from torch's global generator.
-    """
-
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    num_return_sequences: int = 1
-    do_sample: bool = True
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    sampler: str = "first_hitting"
-    num_steps: int = 128
-    use_cache: bool = True
-    stop_at_eos: bool = True
-    eos_token_id: int | None = None
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-    seed: int | None = None
-
-
-@dataclass
-class Region:
-    """Tokens [start, stop) decoded together, seen from window_start on."""
-
-    start: int
-    stop: int
-    window_start: int
+__all__ = ["BlockGeneration", "Draws", "GenerateOutput", "Settings"]
 
 
 class Draws:
-    """Random draws of one `generate` call."""
+    """Random draws of one `generate` call: float64, so that 0 has no weight that could be seen (2^-53)."""
 
     def __init__(self, settings, device):
         self.settings = settings
@@ -70,33 +35,51 @@ class Draws:
             self.generator = torch.Generator(device).manual_seed(settings.seed)
 
     def uniform(self, shape, device):
-        """U[0, 1)."""
-        return torch.rand(shape, generator=self.generator, device=device)
+        """U[0, 1), 53 bits."""
+        if torch.device(device).type == "mps":  # which has no float64
+            return torch.rand(shape, generator=self.generator, device=device)
+        return torch.rand(shape, generator=self.generator, device=device, dtype=torch.float64)
 
     def one_of(self, is_candidate_BS):
         """Index (B,) of one True per row, uniformly; 0 where a row has none."""
         return torch.where(is_candidate_BS, self.uniform(is_candidate_BS.shape, is_candidate_BS.device), -1.0).argmax(1)
 
     def tokens(self, logits):
-        """Draw ids from logits (..., V) after temperature, top-k and top-p."""
+        """Draw ids from logits (..., V) after temperature, top-k and top-p; ValueError where none is finite."""
+        self.check(logits)
         if not self.settings.do_sample or self.settings.temperature == 0:
             return logits.argmax(-1)
-        return self.categorical(self.filtered(logits).softmax(-1, dtype=torch.float64))
+        return self.categorical(self.weights(logits))
+
+    @staticmethod
+    def check(logits):
+        """ValueError for NaN or infinite logits, of which some id would win."""
+        if not bool(torch.isfinite(logits.amax(-1)).all()):
+            raise ValueError("the model's logits are not finite: its weights or activations hold NaN or infinity")
+
+    def weights(self, logits):
+        """Probabilities (..., V) after all filters, float64."""
+        filtered = self.filtered(logits)
+        return (filtered.cpu() if filtered.device.type == "mps" else filtered).softmax(-1, dtype=torch.float64)
 
     def categorical(self, weight):
-        """Draw ids in proportion to non-negative weights (..., V), float64: an exponential race."""
-        race = -torch.log1p(-self.uniform(weight.shape, weight.device).to(weight.dtype))
-        return (weight / race.clamp(min=1e-300)).argmax(-1)
+        """Draw ids in proportion to non-negative weights (..., V), float64, by the inverse of their running sum."""
+        sums = weight.cumsum(-1)
+        goal = self.uniform((*weight.shape[:-1], 1), weight.device) * sums[..., -1:]
+        last = weight.shape[-1] - 1 - (weight > 0).flip(-1).int().argmax(-1)
+        return torch.minimum(torch.searchsorted(sums, goal, right=True)[..., 0], last)
 
     def filtered(self, logits):
         """Logits with everything outside top-k and top-p at -inf; the best token always stays."""
-        logits = logits.float() / self.settings.temperature
-        if self.settings.top_k:
-            kth = logits.topk(min(self.settings.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        settings = self.settings
+        if settings.do_sample and settings.temperature:
+            logits = logits.float() / settings.temperature
+        if settings.top_k:
+            kth = logits.topk(min(settings.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, float("-inf"))
-        if self.settings.top_p < 1:
+        if settings.top_p < 1:
             ordered, order = logits.sort(dim=-1, descending=True)
-            is_out = ordered.softmax(-1).cumsum(-1) > self.settings.top_p
+            is_out = ordered.softmax(-1, dtype=torch.float64).cumsum(-1) > settings.top_p
             is_out[..., 0] = False
             logits = logits.masked_fill(torch.zeros_like(is_out).scatter(-1, order, is_out), float("-inf"))
         return logits
@@ -113,132 +96,114 @@ class BlockGeneration:
         attention_mask=None,
         token_type_ids=None,
         generator=None,
+        stopping_criteria=None,
+        streamer=None,
         **options,
     ):
-        """Continue prompts, or write from nothing.
+        """Continue prompts, write from nothing, or fill masks.
 
         Args:
-            input_ids: (B, n) prompts; default: one row that starts with BOS.
-            generation_config: a GenerationConfig in place of the model's.
-            attention_mask: (B, n), 0 for padding; prompts may differ in length, padded left or right.
+            input_ids: (B, N) prompts; default: one row with the token that training rows start with (bos_token_id of
+                generation_config.json).
+            generation_config: a GenerationConfig; what it leaves open the model's own decides.
+            attention_mask: (B, N), 0 for padding at the left or right end; prompts may differ in length.
             token_type_ids: ignored (BERT tokenizers return them).
             generator: torch.Generator on the model's device, in place of `seed`.
-            **options: fields of Settings, e.g. max_new_tokens, top_p, sampler, num_steps, seed.
+            stopping_criteria: of transformers; asked for every new token, in order, once its block is written.
+            streamer: of transformers; is given every new token, once its block is written.
+            **options: fields of Settings, e.g. max_new_tokens, top_p, sampler, num_steps, seed, fill.
 
         Returns:
-            int64 ids (B * num_return_sequences, n + new): prompt and new tokens. When rows differ in length, each
-            starts at column 0 and is filled up with pad_token_id. The length may exceed the model's context, a
-            window of which slides along.
+            int64 ids (B * num_return_sequences, N + new): the columns given, as they are, then the new tokens, filled
+            up with pad_token_id. The length may exceed the model's context, a window of which slides along. With
+            fill=True, or return_dict_in_generate, a GenerateOutput.
 
         Raises:
-            ValueError: unknown options, or prompts that contain the mask.
+            ValueError: settings that cannot be obeyed, each by name; prompts that contain the mask (without fill).
         """
-        settings = self._settings(generation_config or self.generation_config, options)
+        input_ids = options.pop("inputs", None) if input_ids is None else input_ids
+        if options.get("fill") and (options.get("max_new_tokens") or options.get("max_length")):
+            raise ValueError("generate: fill=True adds no tokens; leave out max_new_tokens and max_length")
+        settings = self._settings(generation_config, options)
+        if settings.fill and (stopping_criteria or streamer is not None):
+            raise ValueError(
+                "generate: stopping_criteria and streamer follow text that grows; leave them out with fill"
+            )
         device = self.backbone.vocab_embed.embedding.device
         if device.type == "meta":  # offloaded by accelerate, whose hooks move what a layer is given
             device = torch.device("cpu") if input_ids is None else input_ids.device
         draws = Draws(settings, device)
         draws.generator = generator if generator is not None else draws.generator
-        was_training = self.training
-        self.eval()
-        tokens_BL, prompt_B, total_B = self._layout(input_ids, attention_mask, settings, device)
-        if self.config.objective == "ar":
-            tokens_BL = self._next_tokens(tokens_BL, prompt_B, total_B, settings, draws)
-        else:
-            tokens_BL = self._regions(tokens_BL, prompt_B, total_B, settings, draws)
-        self.train(was_training)
-        return self._trimmed(tokens_BL, prompt_B, total_B, settings)
+        criteria = self._criteria(stopping_criteria, settings)
+        with evaluating(self):
+            given_BN, rows = self._prompts(input_ids, attention_mask, settings, device)
+            progress = Progress(given_BN, rows, settings, self.config, criteria, streamer)
+            write = self._next_tokens if self.config.objective == "ar" else self._regions
+            write(progress, settings, draws)
+        return progress.output()
 
     def _settings(self, generation_config, options):
-        known = {field.name for field in fields(Settings)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(f"generate: unknown options {unknown}; known are {sorted(known)}")
-        # transformers 4 fills in defaults of its own (top_k 50, max_length 20): only what was set counts
-        said = generation_config.to_diff_dict()
-        said.pop("max_length", None)
-        if "max_length" in options:
-            said.pop("max_new_tokens", None)
-        values = {**said, **{name: value for name, value in options.items() if value is not None}}
-        settings = Settings(**{name: value for name, value in values.items() if name in known and value is not None})
-        if isinstance(settings.eos_token_id, list):
-            settings.eos_token_id = settings.eos_token_id[0]
-        if settings.sampler not in ("first_hitting", "ancestral"):
-            raise ValueError(f"sampler ({settings.sampler}): unknown; use first_hitting or ancestral")
-        if settings.num_steps < 1:
-            raise ValueError(f"num_steps ({settings.num_steps}): must be at least 1")
-        return settings
+        return settings_of(self.generation_config, generation_config, options, self.config.objective)
 
-    def _layout(self, input_ids, attention_mask, settings, device):
-        """Rows with the prompt at their start and masks after it; prompt and final lengths (B,)."""
+    @staticmethod
+    def _criteria(stopping_criteria, settings):
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if settings.max_time is not None:
+            criteria.append(MaxTimeCriteria(max_time=settings.max_time))
+        if settings.stop_strings:
+            criteria.append(StopStringCriteria(tokenizer=settings.tokenizer, stop_strings=settings.stop_strings))
+        return criteria
+
+    def _prompts(self, input_ids, attention_mask, settings, device):
+        """Checked prompts as given, repeated num_return_sequences times, and their Alignment."""
+        config = self.config
         if input_ids is None:
-            bos = settings.bos_token_id
-            input_ids = torch.full((1, 0 if bos is None else 1), -1 if bos is None else bos)
-            if bos is None and self.config.objective == "ar":
-                raise ValueError("generate: an autoregressive model needs a prompt or a bos_token_id")
-        input_ids = input_ids.to(device).repeat_interleave(settings.num_return_sequences, dim=0)
-        if attention_mask is None:
-            is_prompt = torch.ones_like(input_ids, dtype=torch.bool)
-        else:
-            is_prompt = attention_mask.to(device).bool().repeat_interleave(settings.num_return_sequences, dim=0)
-        mask = self.config.mask_token_id
-        if (input_ids[is_prompt] == mask).any():
-            raise ValueError(f"input_ids: a prompt may not contain the mask (id {mask})")
-        prompt_B = is_prompt.sum(1)
-        if settings.max_length is not None:
-            total_B = torch.full_like(prompt_B, settings.max_length).clamp(min=prompt_B)
-        else:
-            total_B = prompt_B + (settings.max_new_tokens or self.config.model_length)
-        length = int(total_B.max())
-        if self.config.objective == "bd3lm":  # whole blocks: what lies beyond the end stays masked
-            length = -(-length // self.config.block_size) * self.config.block_size
-        tokens_BL = torch.full((len(prompt_B), length), mask, device=device)
-        column = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
-        first_B1 = (
-            torch.where(is_prompt, column, input_ids.shape[1]).amin(1, keepdim=True) if column.numel() else column
-        )
-        rows = torch.arange(len(prompt_B), device=device)[:, None].expand_as(input_ids)
-        tokens_BL[rows[is_prompt], (column - first_B1)[is_prompt]] = input_ids[is_prompt]
-        return tokens_BL, prompt_B, total_B
-
-    def _trimmed(self, tokens_BL, prompt_B, total_B, settings):
-        """Cut each row at its end, the first new EOS included, and fill up with padding."""
-        column = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
-        end_B = total_B
-        if settings.stop_at_eos and settings.eos_token_id is not None:
-            is_eos = (tokens_BL == settings.eos_token_id) & (column >= prompt_B[:, None])
-            first_B = torch.where(is_eos, column, tokens_BL.shape[1]).amin(1)
-            end_B = torch.minimum(end_B, first_B + 1)
-        pad = settings.pad_token_id if settings.pad_token_id is not None else settings.eos_token_id
-        tokens_BL = torch.where(column < end_B[:, None], tokens_BL, 0 if pad is None else pad)
-        return tokens_BL[:, : int(end_B.max())]
-
-    def _has_ended(self, tokens_BS, column_S, prompt_B, settings):
-        """Rows (B,) with an EOS among these columns, the prompt's aside."""
-        if not settings.stop_at_eos or settings.eos_token_id is None:
-            return torch.zeros_like(prompt_B, dtype=torch.bool)
-        return ((tokens_BS == settings.eos_token_id) & (column_S >= prompt_B[:, None])).any(1)
+            start = settings.bos_token_id
+            input_ids = torch.zeros(1, 0, dtype=torch.long) if start is None else torch.tensor([[start]])
+        input_ids = checked_ids(input_ids, config.vocab_size)
+        pad, eos = settings.pad_token_id, settings.eos_token_id
+        is_pad_an_eos = pad == eos or (isinstance(eos, list | tuple) and pad in eos)
+        if attention_mask is None and pad is not None and not is_pad_an_eos and bool((input_ids == pad).any()):
+            attention_mask = input_ids != pad  # as transformers does
+        repeat = settings.num_return_sequences
+        given_BN = input_ids.to(device).repeat_interleave(repeat, dim=0)
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(device).repeat_interleave(repeat, dim=0)
+        rows = Alignment(attention_mask, *given_BN.shape)
+        is_mask_BN = given_BN == config.mask_token_id
+        is_mask_BN = is_mask_BN if attention_mask is None else is_mask_BN & attention_mask.bool()
+        if not settings.fill and bool(is_mask_BN.any()):
+            raise ValueError(
+                f"input_ids: a prompt may not contain the mask (id {config.mask_token_id}); "
+                "generate(..., fill=True) puts text in its place"
+            )
+        if config.objective == "ar":
+            first_B = torch.ones_like(given_BN[:, :1]) if rows.is_real_BL is None else rows.is_real_BL[:, :1]
+            is_open_B = rows.start(is_mask_BN)[:, :1] if given_BN.shape[1] else first_B
+            if not given_BN.shape[1] or not bool(first_B.all()) or bool(is_open_B.any()):
+                raise ValueError(
+                    "generate: an autoregressive model needs a first token in every row, or a bos_token_id"
+                )
+        return given_BN, rows
 
     # ---- autoregressive --------------------------------------------------------------------------------------------
 
-    def _next_tokens(self, tokens_BL, prompt_B, total_B, settings, draws):
-        done = int(prompt_B.min())
+    def _next_tokens(self, progress, settings, draws):
+        tokens_BL = progress.tokens_BL
         cache = self.new_cache() if settings.use_cache else None
-        has_ended_B = torch.zeros_like(prompt_B, dtype=torch.bool)
-        for column in range(done, tokens_BL.shape[1]):
+        first = progress.open_BL.int().argmax(1)[progress.open_BL.any(1)]
+        for column in range(int(first.min()) if len(first) else tokens_BL.shape[1], tokens_BL.shape[1]):
             window = self.config.model_length
             seen = tokens_BL[:, (cache.num_tokens if cache is not None else max(0, column - window)) : column]
             hidden, cond = self.encode(seen, cache=cache, commit=True)
             logits_BV = self._without_mask(self.backbone.output_layer(hidden[-1][:, -1:], cond)[:, 0])
-            is_free_B = (column >= prompt_B) & (column < total_B) & ~has_ended_B
-            tokens_BL[:, column] = torch.where(is_free_B, draws.tokens(logits_BV), tokens_BL[:, column])
-            one = slice(column, column + 1)
-            has_ended_B |= self._has_ended(
-                tokens_BL[:, one], torch.tensor(column, device=prompt_B.device), prompt_B, settings
-            )
-            if bool((has_ended_B | (column + 1 >= total_B)).all()):
+            here = Region(column, column + 1, 0)
+            is_free_B1 = progress.free(here)
+            logits_RV = logits_BV[is_free_B1[:, 0]]
+            if len(logits_RV):
+                progress.note(here, is_free_B1, logits_RV, draws.tokens(logits_RV))
+            if progress.close(column + 1):
                 break
-        return tokens_BL
 
     # ---- diffusion -------------------------------------------------------------------------------------------------
 
@@ -256,24 +221,23 @@ class BlockGeneration:
             bounds.append((start, min(start + stride, length)))
         return [Region(s, e, max(0, s + stride - context) if s else 0) for s, e in bounds if e > first]
 
-    def _regions(self, tokens_BL, prompt_B, total_B, settings, draws):
-        """Decode region after region; `tokens_BL` is filled in place."""
+    def _regions(self, progress, settings, draws):
+        """Write region after region."""
+        tokens_BL = progress.tokens_BL
         cache = self.new_cache() if settings.use_cache and self.config.attention_block is not None else None
-        column_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
-        has_ended_B = torch.zeros_like(prompt_B, dtype=torch.bool)
-        for region in self._region_list(int(prompt_B.min()), tokens_BL.shape[1]):
-            if cache is not None and cache.num_tokens < region.start:  # the prompt, or the block just finished
-                done = tokens_BL[:, cache.num_tokens : region.start]
-                self.encode(done, self._sigma(torch.zeros(len(done))), cache=cache, commit=True)
-            column_S = column_L[region.start : region.stop]
-            tokens_BS = tokens_BL[:, region.start : region.stop]
-            is_free_BS = (column_S >= prompt_B[:, None]) & (column_S < total_B[:, None]) & ~has_ended_B[:, None]
-            unmask = self._analytic if self.config.objective == "sedd" else getattr(self, "_" + settings.sampler)
-            unmask(tokens_BL, tokens_BS, is_free_BS, region, cache, settings, draws)
-            has_ended_B |= self._has_ended(tokens_BS, column_S, prompt_B, settings)
-            if bool((has_ended_B | (region.stop >= total_B)).all()):
+        first = 0 if settings.fill else int(progress.prompt_B.min())
+        for region in self._region_list(first, tokens_BL.shape[1]):
+            is_free_BS = progress.free(region)
+            if bool(is_free_BS.any()):
+                if cache is not None and cache.num_tokens < region.start:  # the prompt, or the block just finished
+                    done = tokens_BL[:, cache.num_tokens : region.start]
+                    self.encode(done, self._sigma(torch.zeros(len(done))), cache=cache, commit=True)
+                write = {
+                    "first_hitting": self._first_hitting, "ancestral": self._ancestral, "analytic": self._analytic,
+                }.get(settings.sampler, self._threshold)  # fmt: skip
+                write(progress, is_free_BS, region, cache, settings, draws)
+            if progress.close(region.stop):
                 break
-        return tokens_BL
 
     def _sigma(self, time_B):
         return sigma_of(time_B) if self.config.time_conditioning else None
@@ -292,52 +256,67 @@ class BlockGeneration:
         mask = torch.tensor([self.config.mask_token_id], device=logits.device)
         return logits.index_fill(-1, mask, float("-inf"))
 
-    def _first_hitting(self, tokens_BL, tokens_BS, is_free_BS, region, cache, settings, draws):
-        rows = torch.arange(len(tokens_BS), device=tokens_BS.device)
-        time_B = torch.ones(len(rows), device=tokens_BS.device)
-        masked_BS = is_free_BS.clone()
+    def _first_hitting(self, progress, masked_BS, region, cache, settings, draws):
+        device = masked_BS.device
+        rows, column_S = torch.arange(len(masked_BS), device=device), torch.arange(masked_BS.shape[1], device=device)
+        time_B = torch.ones(len(rows), device=device)
         while bool(masked_BS.any()):
             num_masked_B = masked_BS.sum(1).clamp(min=1)
-            time_B = time_B * draws.uniform(time_B.shape, time_B.device) ** (1 / num_masked_B)
+            time_B = (time_B * draws.uniform(time_B.shape, device) ** (1 / num_masked_B)).float()
             position_B = draws.one_of(masked_BS)
-            drawn_B = draws.tokens(self._denoise(tokens_BL, region, cache, time_B, position_B))
-            is_due_B = masked_BS[rows, position_B]
-            tokens_BS[rows, position_B] = torch.where(is_due_B, drawn_B, tokens_BS[rows, position_B])
-            masked_BS[rows, position_B] = False
+            logits_BV = self._denoise(progress.tokens_BL, region, cache, time_B, position_B)
+            due_BS = masked_BS & (column_S == position_B[:, None])
+            logits_RV = logits_BV[masked_BS[rows, position_B]]
+            progress.note(region, due_BS, logits_RV, draws.tokens(logits_RV))
+            masked_BS = masked_BS & ~due_BS
 
-    def _ancestral(self, tokens_BL, tokens_BS, is_free_BS, region, cache, settings, draws):
-        masked_BS = is_free_BS.clone()
+    def _ancestral(self, progress, masked_BS, region, cache, settings, draws):
         for step in range(settings.num_steps):
             left = settings.num_steps - step
             # (t - s) / t on the grid t = left / steps, s = t - 1 / steps: the last step unmasks all that is left
             due_BS = masked_BS & (draws.uniform(masked_BS.shape, masked_BS.device) * left < 1)
             if not bool(due_BS.any()):
                 continue  # nothing changes, so the network need not be asked
-            time_B = torch.full((len(tokens_BS),), left / settings.num_steps, device=tokens_BS.device)
-            drawn_BS = draws.tokens(self._denoise(tokens_BL, region, cache, time_B))
-            tokens_BS.copy_(torch.where(due_BS, drawn_BS, tokens_BS))
-            masked_BS &= ~due_BS
+            time_B = torch.full((len(masked_BS),), left / settings.num_steps, device=masked_BS.device)
+            logits_RV = self._denoise(progress.tokens_BL, region, cache, time_B)[due_BS]
+            progress.note(region, due_BS, logits_RV, draws.tokens(logits_RV))
+            masked_BS = masked_BS & ~due_BS
 
-    def _analytic(self, tokens_BL, tokens_BS, is_free_BS, region, cache, settings, draws):
+    def _threshold(self, progress, masked_BS, region, cache, settings, draws):
+        """Confidence or entropy, of the model's own distribution, before any filter."""
+        column_S = torch.arange(masked_BS.shape[1], device=masked_BS.device)
+        while bool(masked_BS.any()):
+            time_B = masked_BS.sum(1) / masked_BS.shape[1]
+            logits_BSV = self._denoise(progress.tokens_BL, region, cache, time_B)
+            log_p = logits_BSV.log_softmax(-1)
+            if settings.sampler == "confidence":
+                sure_BS, least = log_p.amax(-1).exp(), settings.threshold
+            else:
+                sure_BS = (log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+                least = -settings.threshold
+            sure_BS = torch.where(masked_BS, sure_BS, float("-inf"))
+            due_BS = masked_BS & ((sure_BS >= least) | (column_S == sure_BS.argmax(1, keepdim=True)))
+            progress.note(region, due_BS, logits_BSV[due_BS], draws.tokens(logits_BSV[due_BS]))
+            masked_BS = masked_BS & ~due_BS
+
+    def _analytic(self, progress, masked_BS, region, cache, settings, draws):
         """SEDD's analytic sampler; the last step leaves no masks."""
-        masked_BS = is_free_BS.clone()
-        times = torch.linspace(1, 1e-5, settings.num_steps + 1, device=tokens_BS.device)
+        times = torch.linspace(1, 1e-5, settings.num_steps + 1, device=masked_BS.device)
         sigmas = -torch.log1p(-(1 - TIME_EPSILON) * times)
         for step in range(settings.num_steps + 1):
             if not bool(masked_BS.any()):
                 return
             sigma = sigmas[step]
-            time_B = torch.full((len(tokens_BS),), float(-torch.expm1(-sigma)), device=tokens_BS.device)
-            logits = self._denoise(tokens_BL, region, cache, time_B).double()
-            share = draws.filtered(logits).softmax(-1, dtype=torch.float64)
-            total = (logits.logsumexp(-1) - torch.log(torch.tensor(logits.shape[-1] - 1.0))).exp() / torch.expm1(sigma)
+            time_B = torch.full((len(masked_BS),), float(-torch.expm1(-sigma)), device=masked_BS.device)
+            logits_RV = self._denoise(progress.tokens_BL, region, cache, time_B)[masked_BS].double()
+            draws.check(logits_RV)
+            due_BS = masked_BS.clone()
             if step < settings.num_steps:
-                growth = torch.expm1(sigma - sigmas[step + 1]).double()
-                stay_BS = (1 - growth * total).clamp(min=0)
-                leave = share * (growth * total)[..., None]
-                leave[..., self.config.mask_token_id] = stay_BS
-                drawn_BS = draws.categorical(leave)
-            else:
-                drawn_BS = draws.categorical(share)
-            tokens_BS.copy_(torch.where(masked_BS, drawn_BS, tokens_BS))
-            masked_BS &= tokens_BS == self.config.mask_token_id
+                total_R = (logits_RV.logsumexp(-1) - torch.log(torch.tensor(logits_RV.shape[-1] - 1.0))).exp()
+                leave_R = total_R / torch.expm1(sigma) * torch.expm1(sigma - sigmas[step + 1]).double()
+                is_due_R = draws.uniform(leave_R.shape, leave_R.device) < leave_R  # above 1: certainly
+                due_BS[masked_BS] = is_due_R
+                logits_RV = logits_RV[is_due_R]
+            if len(logits_RV):
+                progress.note(region, due_BS, logits_RV, draws.tokens(logits_RV))
+            masked_BS = masked_BS & ~due_BS

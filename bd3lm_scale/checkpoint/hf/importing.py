@@ -130,6 +130,7 @@ def run_config(
     training = getattr(hf_config, "training", None) or {}
     stored = str(getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None))
     values["precision"] = training.get("precision") or ("bf16" if "bfloat16" in stored else "fp32")
+    values["data"]["wrap_rows"] = bool(training.get("wrap_rows", values["data"]["wrap_rows"]))
     diffusion = values["diffusion"] | (training.get("diffusion") or {})
     diffusion |= {"objective": objective, "ignore_bos": bool(hf_config.ignore_bos)}
     diffusion["time_conditioning"] = None if objective == "ar" else bool(hf_config.time_conditioning)

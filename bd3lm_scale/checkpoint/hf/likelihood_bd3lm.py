@@ -61,7 +61,7 @@ def sigma_of(mask_rate):
     return (-torch.log1p(-mask_rate)).clamp(max=SIGMA_MAX)
 
 
-class Likelihood:
+class LikelihoodMixin:
     """NELBO and cross-entropy; mixed into the model."""
 
     def cross_entropy(self, logits, target):

@@ -23,7 +23,7 @@ prompt = tokenizer(["def main():"], return_tensors="pt")
 ids = model.generate(**prompt, max_new_tokens=128, top_p=0.9, seed=1)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 
-score = model.score(prompt["input_ids"], draws=8)  # score.nats, score.perplexity
+score = model.score(prompt["input_ids"])  # score.nats, score.nats_stderr, score.perplexity
 ```"""
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BlockGeneration
 from .inputs_bd3lm import Alignment, checked_ids
-from .likelihood_bd3lm import Likelihood
+from .likelihood_bd3lm import LikelihoodMixin
 from .vocabulary_bd3lm import Vocabulary
 
 
@@ -245,7 +245,7 @@ class Backbone(nn.Module):
         return hidden
 
 
-class BD3LM(BlockGeneration, Likelihood, Vocabulary, PreTrainedModel, GenerationMixin):
+class BD3LM(BlockGeneration, LikelihoodMixin, Vocabulary, PreTrainedModel, GenerationMixin):
     """Block-diffusion language model (bd3lm) and its baselines (mdlm, sedd, ar)."""
 
     config_class = BD3LMConfig
@@ -362,21 +362,10 @@ class BD3LM(BlockGeneration, Likelihood, Vocabulary, PreTrainedModel, Generation
         return hidden, cond_BC
 
     def forward(
-        self,
-        input_ids=None,
-        timesteps=None,
-        attention_mask=None,
-        labels=None,
-        sample_mode=None,
-        store_kv=None,
-        past_key_values=None,
-        mask_rate=None,
-        generator=None,
-        output_hidden_states=None,
-        return_dict=None,
-        inputs_embeds=None,
-        output_attentions=None,
-    ):
+        self, input_ids=None, timesteps=None, attention_mask=None, labels=None, sample_mode=None, store_kv=None,
+        past_key_values=None, mask_rate=None, generator=None, output_hidden_states=None, return_dict=None,
+        inputs_embeds=None, output_attentions=None,
+    ):  # fmt: skip
         """Logits, and the negative evidence lower bound (NELBO) when `labels` are given.
 
         Args:

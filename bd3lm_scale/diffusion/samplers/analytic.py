@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bd3lm_scale.diffusion.samplers.blocks import Batch
-from bd3lm_scale.diffusion.samplers.protocols import FullDenoiser
+from bd3lm_scale.diffusion.samplers.protocols import FullSequenceDenoiser
 from bd3lm_scale.diffusion.samplers.request import BlockTask, SampleRequest, SampleResult, position_uniforms
 from bd3lm_scale.diffusion.samplers.reveal import Reveal, pack_positions, write_tokens
 from bd3lm_scale.diffusion.schedule import Schedule
@@ -28,7 +28,7 @@ LAST_TIME = 1e-5
 
 
 def sample_analytic(
-    denoiser: FullDenoiser,
+    denoiser: FullSequenceDenoiser,
     request: SampleRequest,
     schedule: Schedule,
     steps: int,
@@ -49,9 +49,9 @@ def sample_analytic(
         raise ValueError(f"sampling.steps ({steps}): must be at least 1")
     batch = Batch(request, request.length)
     when_BL, which_BL = position_uniforms(request, batch.rows, 0, request.length)
-    is_masked_BL = np.arange(request.length)[None, :] >= batch.prompt_length_B[:, None]
+    is_masked_BL = batch.is_open_BT.copy()
     tokens_BL = torch.as_tensor(batch.tokens_BT, device=request.device)
-    task = BlockTask(tokens_BL.clone(), is_masked_BL, when_BL, which_BL, (), request.token_filter)
+    task = BlockTask(tokens_BL.clone(), is_masked_BL, when_BL, which_BL, (), request.token_filter, batch.log_prob_BT)
     survival_BL = np.ones(when_BL.shape)
     times = torch.linspace(1.0, LAST_TIME, steps + 1, dtype=torch.float64)
     rates = [*schedule.mask_rate(times).tolist(), 0.0]

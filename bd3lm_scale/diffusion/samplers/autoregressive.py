@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bd3lm_scale.diffusion.samplers.blocks import Batch
-from bd3lm_scale.diffusion.samplers.filtering import draw_tokens
+from bd3lm_scale.diffusion.samplers.filtering import draw_tokens, log_probabilities
 from bd3lm_scale.diffusion.samplers.protocols import NextToken
 from bd3lm_scale.diffusion.samplers.request import SampleRequest, SampleResult, position_uniforms
 
@@ -25,7 +25,7 @@ def sample_next_tokens(
         ValueError: an empty prompt (the model needs a first token; use the beginning-of-text token).
     """
     batch = Batch(request, request.length)
-    shared = int(batch.prompt_length_B.min())
+    shared = min(batch.num_given, request.length)
     if shared == 0:
         raise ValueError("prompts: an autoregressive model needs at least one token; start with the bos token")
     logits_BV = model.feed(_on_device(request, batch.tokens_BT[:, :shared]))
@@ -39,7 +39,10 @@ def sample_next_tokens(
             _, which_BT = position_uniforms(request, all_rows, position, _POSITIONS_DRAWN_TOGETHER)
         rows = batch.rows
         drawn_B = draw_tokens(logits_BV, which_BT[rows, position - drawn_from], request.token_filter).cpu().numpy()
-        is_new_B = position >= batch.prompt_length_B[rows]
+        is_new_B = batch.is_open_BT[rows, position]
+        if batch.log_prob_BT is not None:
+            log_prob_B = log_probabilities(logits_BV, torch.as_tensor(drawn_B, device=logits_BV.device))
+            batch.log_prob_BT[rows, position] = np.where(is_new_B, log_prob_B, 0.0)
         batch.tokens_BT[rows, position] = np.where(is_new_B, drawn_B, batch.tokens_BT[rows, position])
         batch.nfe_B[rows] += is_new_B
         if on_progress is not None:

@@ -56,6 +56,8 @@ class Batch:
         self.request = request
         self.tokens_BT = request.start_tokens(padded_length)
         self.prompt_length_B = request.prompt_length()
+        self.is_open_BT = request.open_places(self.tokens_BT)
+        self.log_prob_BT = np.zeros(self.tokens_BT.shape) if request.infill else None
         size = len(request.prompts)
         self.rows = np.arange(size)  # rows of the request that are still in the batch, in the network's order
         self.nfe_B = np.zeros(size, dtype=np.int64)
@@ -66,6 +68,18 @@ class Batch:
     def count_calls(self, calls: int) -> None:
         """Book forward calls on the rows in the batch."""
         self.calls_B[self.rows] += calls
+
+    @property
+    def num_given(self) -> int:
+        """Tokens before the first open place of any row."""
+        open_T = np.flatnonzero(self.is_open_BT.any(axis=0))
+        return int(open_T[0]) if open_T.size else self.is_open_BT.shape[1]
+
+    def count_updates(self, rows: np.ndarray, filled: FilledBlock, start: int) -> None:
+        """Book a block's updates as NFE, once it is known where its rows end."""
+        for place, row in enumerate(rows.tolist()):
+            end = self.final_length_B[row] if self.finish[row] == "eos" else self.request.length
+            self.nfe_B[row] += filled.updates_of(place, int(end) - start)
 
     def drop_finished(self, num_checked: int, num_done: int) -> np.ndarray | None:
         """Apply the stop rule to the first num_done tokens; places of the rows that go on, None if all do."""
@@ -89,6 +103,9 @@ class Batch:
             finish=tuple(self.finish),
             nfe=tuple(self.nfe_B.tolist()),
             forward_calls=tuple(self.calls_B.tolist()),
+            log_probs=None
+            if self.log_prob_BT is None
+            else tuple(map(tuple, self.log_prob_BT[:, : lengths[0]].tolist())),
         )
 
 
@@ -113,19 +130,21 @@ def sample_blocks(
     """
     edges = plan.edges(request.length)
     batch = Batch(request, edges[-1])
-    num_covered = sum(edge <= batch.prompt_length_B.min() for edge in edges[1:])
+    num_covered = sum(edge <= batch.num_given for edge in edges[1:])
     if num_covered:
         _commit(denoiser, batch, plan, 0, edges[num_covered])
     for block in range(num_covered, len(edges) - 1):
         start, end = edges[block], edges[block + 1]
-        task = _task(batch, start, end)
+        rows, task = batch.rows, _task(batch, start, end)
         filled = fill(denoiser, task)
-        batch.tokens_BT[batch.rows, start:end] = filled.tokens_BS.cpu().numpy()
-        batch.nfe_B[batch.rows] += filled.updates_B
+        batch.tokens_BT[rows, start:end] = filled.tokens_BS.cpu().numpy()
+        if batch.log_prob_BT is not None and task.log_prob_BS is not None:
+            batch.log_prob_BT[rows, start:end] = task.log_prob_BS
         batch.count_calls(filled.forward_calls)
         if on_progress is not None:
             on_progress(int(task.is_masked_BS[:, : request.length - start].sum()))
         going_on = batch.drop_finished(start, end)
+        batch.count_updates(rows, filled, start)
         if going_on is not None:
             if not going_on.size:
                 break
@@ -140,11 +159,12 @@ def _task(batch: Batch, start: int, end: int) -> BlockTask:
     when_BS, which_BS = position_uniforms(request, rows, start, end - start)
     return BlockTask(
         tokens_BS=torch.as_tensor(batch.tokens_BT[rows, start:end], device=request.device),
-        is_masked_BS=np.arange(start, end)[None, :] >= batch.prompt_length_B[rows, None],
+        is_masked_BS=batch.is_open_BT[rows, start:end],
         when_BS=when_BS,
         which_BS=which_BS,
         keys=tuple(sample_key(request, row, start) for row in rows.tolist()),
         token_filter=request.token_filter,
+        log_prob_BS=np.zeros((len(rows), end - start)) if request.infill else None,
     )
 
 

@@ -120,6 +120,11 @@ def _kept_weights(logits_RV: Tensor, token_filter: TokenFilter) -> tuple[Tensor,
     return falling_RV, ids_RV
 
 
+def log_probabilities(logits_RV: Tensor, tokens_R: Tensor) -> np.ndarray:
+    """float64 (R,): log-probability of each row's token under its logits, before any filter."""
+    return logits_RV.double().log_softmax(dim=-1).gather(1, tokens_R[:, None])[:, 0].cpu().numpy()
+
+
 def filtered_probabilities(logits_RV: Tensor, token_filter: TokenFilter) -> Tensor:
     """The distribution that `draw_tokens` draws from, float64 (R, V)."""
     if token_filter.is_greedy:

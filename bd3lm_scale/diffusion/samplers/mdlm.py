@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bd3lm_scale.diffusion.samplers.blocks import BlockPlan
-from bd3lm_scale.diffusion.samplers.protocols import FullDenoiser
+from bd3lm_scale.diffusion.samplers.protocols import FullSequenceDenoiser
 
 
 def window_plan(length: int, context_length: int) -> BlockPlan:
@@ -26,7 +26,7 @@ def window_plan(length: int, context_length: int) -> BlockPlan:
 class WindowDenoiser:
     """A `BlockDenoiser` over a full-sequence model."""
 
-    def __init__(self, full: FullDenoiser, context_length: int) -> None:
+    def __init__(self, full: FullSequenceDenoiser, context_length: int) -> None:
         self.full = full
         self.context_length = context_length
         self._context_BC: Tensor | None = None

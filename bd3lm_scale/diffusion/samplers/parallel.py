@@ -43,6 +43,7 @@ class Parallel:
         block_BS = task.tokens_BS.clone()
         is_masked_BS = task.is_masked_BS.copy()
         updates_B = np.zeros(len(is_masked_BS), dtype=np.int64)
+        step_BS = np.full(is_masked_BS.shape, -1)
         calls = 0
         while is_masked_BS.any():
             masked = pack_positions(is_masked_BS)
@@ -51,9 +52,10 @@ class Parallel:
             accepted_BI = self._accept(logits_BIV, masked.is_real_BI)
             write_tokens(block_BS, logits_BIV, Reveal(masked.index_BI, accepted_BI), task)
             rows, columns = np.nonzero(accepted_BI)
+            step_BS[rows, masked.index_BI[rows, columns]] = calls
             is_masked_BS[rows, masked.index_BI[rows, columns]] = False
             updates_B += accepted_BI.any(axis=1)
-        return FilledBlock(block_BS, updates_B, calls)
+        return FilledBlock(block_BS, updates_B, calls, step_BS)
 
     def _accept(self, logits_BIV: Tensor, is_real_BI: np.ndarray) -> np.ndarray:
         log_p_BIV = logits_BIV.log_softmax(dim=-1)

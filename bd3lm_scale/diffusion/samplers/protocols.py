@@ -43,7 +43,7 @@ class NextToken(Protocol):
         ...
 
 
-class FullDenoiser(Protocol):
+class FullSequenceDenoiser(Protocol):
     """Full-sequence diffusion (MDLM, SEDD): no context, no state."""
 
     def denoise(self, tokens_BL: Tensor, sigma_B: Tensor | None = None, scored_BI: Tensor | None = None) -> Tensor:

@@ -30,6 +30,8 @@ class SampleRequest:
         token_filter: nucleus, top-k, temperature.
         stop: when a sample ends before `length`.
         device: where the network's inputs go.
+        infill: prompts are whole samples; their masks are written and everything else is kept. A block sees what
+            is given before it and in it only.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -40,6 +42,7 @@ class SampleRequest:
     token_filter: TokenFilter = field(default_factory=TokenFilter)
     stop: StopRule = field(default_factory=StopRule)
     device: torch.device | str = "cpu"
+    infill: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -51,12 +54,16 @@ class SampleRequest:
                 f"sample_index: {len(self.sample_index)} numbers for {len(self.prompts)} prompts; give one for each"
             )
         longest = max(len(prompt) for prompt in self.prompts)
-        if longest >= self.length:
+        if self.infill and self.stop != StopRule():
+            raise ValueError("stop: infilled text has the length it is given; use no stop rule")
+        if self.infill and any(len(prompt) != self.length for prompt in self.prompts):
+            raise ValueError(f"prompts: text with masks to fill must have the sample's length ({self.length} tokens)")
+        if not self.infill and longest >= self.length:
             raise ValueError(
                 f"sampling.length ({self.length}): a prompt has {longest} tokens, which leaves nothing to sample; "
                 "use a greater length or a shorter prompt"
             )
-        if any(self.mask_token_id in prompt for prompt in self.prompts):
+        if not self.infill and any(self.mask_token_id in prompt for prompt in self.prompts):
             raise ValueError(f"prompts: token {self.mask_token_id} is the mask; a prompt holds text only")
 
     def start_tokens(self, padded_length: int) -> np.ndarray:
@@ -70,6 +77,13 @@ class SampleRequest:
         """int64 (B,)."""
         return np.array([len(prompt) for prompt in self.prompts], dtype=np.int64)
 
+    def open_places(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """bool (B, T): where text is to be written, given the start tokens. Infilled text ends where it is given."""
+        place_T = np.arange(tokens_BT.shape[1])
+        if self.infill:
+            return (tokens_BT == self.mask_token_id) & (place_T < self.length)
+        return place_T >= self.prompt_length()[:, None]
+
 
 @dataclass(frozen=True)
 class SampleResult:
@@ -78,14 +92,18 @@ class SampleResult:
     Attributes:
         tokens: each sample's ids, prompt included; they differ in length where samples stopped early.
         finish: why each one ended: length | eos | low_entropy.
-        nfe: number of function evaluations as the literature counts them: updates that changed the sample.
+        nfe: number of function evaluations as the literature counts them: updates that changed the sample. Tokens that
+            are cut off, behind the length or the end of text, are no part of it.
         forward_calls: calls of the network made while the sample was in the batch, commits included.
+        log_probs: of infilled text: the network's own log-probability (no temperature, no filter) of each token when it
+            was written, 0 where the text was given; None otherwise.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     finish: tuple[str, ...]
     nfe: tuple[int, ...]
     forward_calls: tuple[int, ...]
+    log_probs: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,7 @@ class BlockTask:
         which_BS: float64 uniforms: which token it becomes.
         keys: one key per row for samplers that need more randomness.
         token_filter: how distributions are cut.
+        log_prob_BS: float64, where the log-probability of what is written is noted; None: nowhere.
     """
 
     tokens_BS: Tensor
@@ -107,6 +126,7 @@ class BlockTask:
     which_BS: np.ndarray
     keys: tuple[int, ...]
     token_filter: TokenFilter
+    log_prob_BS: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +137,20 @@ class FilledBlock:
         tokens_BS: int64.
         updates_B: updates that changed each row.
         forward_calls: calls of the network.
+        step_BS: int64, the update that wrote each position, -1 where none did; None: every update changes them all.
     """
 
     tokens_BS: Tensor
     updates_B: np.ndarray
     forward_calls: int
+    step_BS: np.ndarray | None = None
+
+    def updates_of(self, place: int, kept: int) -> int:
+        """Updates of a row that changed one of its first `kept` positions."""
+        if self.step_BS is None:
+            return int(self.updates_B[place]) if kept > 0 else 0
+        step_S = self.step_BS[place, : max(kept, 0)]
+        return len(np.unique(step_S[step_S >= 0]))
 
 
 def position_uniforms(

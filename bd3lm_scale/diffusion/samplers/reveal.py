@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bd3lm_scale.diffusion.samplers.filtering import draw_tokens
+from bd3lm_scale.diffusion.samplers.filtering import draw_tokens, log_probabilities
 from bd3lm_scale.diffusion.samplers.protocols import BlockDenoiser
 from bd3lm_scale.diffusion.samplers.request import BlockTask, FilledBlock
 
@@ -64,14 +64,17 @@ def fill_in_order(denoiser: BlockDenoiser, task: BlockTask, cell_BS: np.ndarray)
     """Fill a block cell by cell; each call of the network sees all tokens revealed before."""
     block_BS = task.tokens_BS.clone()
     updates_B = np.zeros(len(task.is_masked_BS), dtype=np.int64)
+    step_BS = np.full(task.is_masked_BS.shape, -1)
     calls = 0
     for reveal in reveal_steps(cell_BS, task.is_masked_BS):
         index_BI = torch.as_tensor(reveal.index_BI, device=block_BS.device)
         logits_BIV = denoiser.denoise(block_BS, index_BI)
+        rows, columns = np.nonzero(reveal.is_real_BI)
+        step_BS[rows, reveal.index_BI[rows, columns]] = calls
         calls += 1
         write_tokens(block_BS, logits_BIV, reveal, task)
         updates_B += reveal.is_real_BI.any(axis=1)
-    return FilledBlock(block_BS, updates_B, calls)
+    return FilledBlock(block_BS, updates_B, calls, step_BS)
 
 
 def write_tokens(block_BS: torch.Tensor, logits_BIV: torch.Tensor, reveal: Reveal, task: BlockTask) -> None:
@@ -81,4 +84,6 @@ def write_tokens(block_BS: torch.Tensor, logits_BIV: torch.Tensor, reveal: Revea
     device = block_BS.device
     logits_RV = logits_BIV[torch.as_tensor(rows, device=device), torch.as_tensor(columns, device=device)]
     tokens_R = draw_tokens(logits_RV, task.which_BS[rows, places], task.token_filter)
+    if task.log_prob_BS is not None:
+        task.log_prob_BS[rows, places] = log_probabilities(logits_RV, tokens_R)
     block_BS[torch.as_tensor(rows, device=device), torch.as_tensor(places, device=device)] = tokens_R

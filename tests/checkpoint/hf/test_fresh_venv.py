@@ -27,6 +27,7 @@ from tests.checkpoint.test_conversion import configuration
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("use_export.py")
 OLDEST = "transformers==4.49.0"
+LAWS = ("modeling", "generation", "generate_as_transformers", "fill", "score", "finetuning")
 PEFT = ("peft==0.14.0", "accelerate==1.3.0")
 """Of the same months as OLDEST."""
 
@@ -108,7 +109,7 @@ def test_transformers_4_49_and_torch_alone_use_exports(exports, oldest, tmp_path
 @pytest.mark.slow
 def test_the_laws_of_the_exported_class_hold_on_transformers_4_49(oldest):
     install(oldest, "pytest", *PEFT)
-    tests = [f"tests/checkpoint/hf/test_{name}.py" for name in ("modeling", "generation", "score", "finetuning")]
+    tests = [f"tests/checkpoint/hf/test_{name}.py" for name in LAWS]
     output = run(oldest, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *tests)
     assert re.search(r"\d\d passed", output)
     assert "failed" not in output

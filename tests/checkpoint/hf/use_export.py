@@ -34,6 +34,14 @@ def main(folder: Path) -> None:
         trust_remote_code=True,
     )
     assert generate("def f(x):", max_new_tokens=8)[0]["generated_text"].startswith("def f(x):")
+    prompts = ["def f(x):", "import os\n\n\nclass A:\n    pass\n"]
+    generate.tokenizer.pad_token_id = generate.tokenizer.eos_token_id  # as many models have it
+    for prompt, found in zip(
+        prompts, generate(prompts, batch_size=2, max_new_tokens=8, stop_at_eos=False), strict=True
+    ):
+        text = found[0]["generated_text"]
+        assert text.startswith(prompt), text
+        assert len(text) > len(prompt), "nobody loses text to padding"
     print(f"transformers {transformers.__version__}: all good")
 
 
@@ -45,12 +53,15 @@ def check_text(model, source, expected):
         assert tokenizer.decode(ids) == text
     assert tokenizer.mask_token_id == model.config.mask_token_id != tokenizer.pad_token_id
     prompts = tokenizer(["def f(x):", "import os\n\n\n"], return_tensors="pt", padding=True)
-    length = int(prompts["attention_mask"].sum(1).max()) + 100
+    length = prompts["input_ids"].shape[1] + 100
     ids = model.generate(**prompts, max_new_tokens=100, seed=1, stop_at_eos=False, num_steps=8)
     assert ids.shape == (2, length), "longer than the context of 64"
     text = tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert text[0].startswith("def f(x):")
     assert text[1].startswith("import os\n\n\n")
+    assert torch.equal(ids[:, : prompts["input_ids"].shape[1]], prompts["input_ids"])
+    start = model.generate(max_new_tokens=3, num_steps=2)[0, 0]
+    assert start == tokenizer.eos_token_id != tokenizer.bos_token_id, "what precedes documents in training"
     score = model.score(**prompts, draws=4)
     assert (score.perplexity > 1).all()
     assert score.num_tokens.tolist() == (prompts["attention_mask"].sum(1) - 1).tolist()

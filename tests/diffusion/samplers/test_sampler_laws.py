@@ -279,3 +279,142 @@ def test_impossible_requests_are_refused():
     with pytest.raises(ValueError, match="one for each"):
         request(sample_index=(1,))
     assert encode(torch.zeros(2, 0, dtype=torch.int64)).tolist() == [1, 1]
+
+
+class _Sure:
+    """Every toy's answer: token 1, with 1e-12 on the others together."""
+
+    def _sure(self, shape):
+        logits = torch.full((*shape, VOCAB), math.log(0.5e-12))
+        logits[..., 1], logits[..., MASK] = 0.0, -math.inf
+        return logits
+
+
+class SureBlocks(_Sure, ToyBlocks):
+    def denoise(self, block_BS, scored_BI=None):
+        return self._sure((block_BS if scored_BI is None else scored_BI).shape)
+
+
+class SureAnyLength(_Sure, ToyAnyLength):
+    def denoise(self, tokens_BL, sigma_B=None, scored_BI=None):
+        return self._sure((tokens_BL if scored_BI is None else scored_BI).shape)
+
+
+class SureNext(_Sure, ToyNext):
+    def feed(self, tokens_BT):
+        return self._sure(tokens_BT.shape[:1])
+
+
+class SureSimplex(_Sure, ToySimplex):
+    def denoise(self, simplex_BSV, time_B):
+        return self._sure(simplex_BSV.shape[:2])
+
+
+@pytest.mark.parametrize("cut", [{}, {"nucleus_p": 1 - 1e-15}, {"top_k": 3}])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_has_no_weight_to_speak_of_is_never_written(name, cut):
+    """20,000 tokens over all cases; with draws of 24 bits, one in 838 of such would be another token."""
+    make = lambda: SureBlocks(block_size=3)  # noqa: E731
+    run = {
+        "mdlm": lambda r: sample_blocks(WindowDenoiser(SureAnyLength(), 8), first_hitting, r, window_plan(r.length, 8)),
+        "sedd": lambda r: sample_analytic(SureAnyLength(), r, get_schedule("loglinear"), steps=12),
+        "ar": lambda r: sample_next_tokens(SureNext(), r),
+        "simplex": blocks_with(SimplexDiffusion(2, VOCAB, 2.0), lambda: SureSimplex(block_size=3)),
+        "ancestral": blocks_with(Ancestral(4), make),
+        "confidence": blocks_with(Parallel("confidence", 0.5), make),
+        "entropy": blocks_with(Parallel("entropy", 0.8), make),
+    }.get(name, blocks_with(first_hitting, make))
+    result = run(request(((2,),) * 60, length=15, token_filter=TokenFilter(**cut)))
+    assert {token for tokens in result.tokens for token in tokens[1:]} == {1}
+
+
+@pytest.mark.parametrize("name", ["first_hitting", "ancestral", "confidence", "entropy", "simplex", "mdlm"])
+def test_tokens_that_are_cut_off_are_no_part_of_nfe(name):
+    """Length 13 in blocks of 3: the last block is filled for its first token, whose updates alone count."""
+    prompts, seen = ((1,), (2, 0)), []
+
+    def watched(fill):
+        def run(denoiser, task):
+            filled = fill(denoiser, task)
+            seen.append(filled)
+            return filled
+
+        return run
+
+    fills = {
+        "first_hitting": first_hitting, "ancestral": Ancestral(4), "confidence": Parallel("confidence", 1.1),
+        "entropy": Parallel("entropy", -1.0), "simplex": SimplexDiffusion(5, VOCAB, 2.0), "mdlm": first_hitting,
+    }  # fmt: skip
+    if name == "mdlm":
+        run = lambda r: sample_blocks(WindowDenoiser(ToyAnyLength(), 8), fills[name], r, window_plan(r.length, 8))  # noqa: E731
+    else:
+        toy = ToySimplex if name == "simplex" else ToyBlocks
+        run = blocks_with(watched(fills[name]), lambda: toy(block_size=3))
+    whole, cut = run(request(prompts, length=15)), run(request(prompts, length=13))
+    if name in ("first_hitting", "mdlm"):
+        assert cut.nfe == (12, 11), "one update per token kept"
+        assert whole.nfe == (14, 13)
+    elif name == "simplex":
+        assert cut.nfe == whole.nfe, "each update changes all of the block"
+    else:
+        last = seen[-1]
+        for row in range(2):
+            assert cut.nfe[row] == whole.nfe[row] - len(set(last.step_BS[row].tolist())) + 1
+        assert min(cut.nfe) < min(whole.nfe)
+
+
+def test_tokens_behind_the_end_of_text_are_no_part_of_nfe():
+    prompts, stop = ((1,),) * 12, StopRule(eos_token_id=2)
+    result = SAMPLERS["first_hitting"](request(prompts, length=30, stop=stop))
+    assert "eos" in result.finish
+    assert any(len(tokens) % 3 for tokens in result.tokens), "some end inside a block"
+    assert result.nfe == tuple(len(tokens) - 1 for tokens in result.tokens)
+
+
+# ---- text with gaps --------------------------------------------------------------------------------------------------
+
+GAPS = ((1, MASK, 0, 2, 1, MASK, MASK, 0), (2, 0, 1, MASK, MASK, MASK, 1, MASK), (0, 1, 1, 2, 2, 0, MASK, 1))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_gaps_are_written_and_the_rest_is_kept(name):
+    result = SAMPLERS[name](request(GAPS, length=8, infill=True, seed=4))
+    for given, tokens, log_probs in zip(GAPS, result.tokens, result.log_probs, strict=True):
+        assert MASK not in tokens
+        assert len(tokens) == 8
+        for place in range(8):
+            if given[place] == MASK:
+                assert log_probs[place] < 0.0 or name == "simplex"
+            else:
+                assert (tokens[place], log_probs[place]) == (given[place], 0.0)
+    for place in (2, 0):
+        alone = SAMPLERS[name](request((GAPS[place],), length=8, infill=True, seed=4, sample_index=(place,)))
+        assert alone.tokens[0] == result.tokens[place]
+        assert alone.log_probs[0] == pytest.approx(result.log_probs[place])
+    if name == "first_hitting":
+        assert result.nfe == (3, 4, 1)
+
+
+def test_gaps_follow_the_exact_conditional_of_their_block():
+    """One gap in a block of two: what is behind it counts, and its log-probability is that of the table."""
+    toy, gap = ToyBlocks(), (2, 0, MASK, 1)
+    result = sample_blocks(
+        toy, first_hitting, request((gap,) * 4_000, length=4, infill=True, token_filter=TokenFilter(temperature=1.0)),
+        BlockPlan(2, 2),
+    )  # fmt: skip
+    context, state = encode(torch.tensor([[2, 0]])).item(), encode(torch.tensor([[MASK, 1]])).item()
+    law = toy.table(context, state)[0].softmax(-1)
+    found = np.bincount([tokens[2] for tokens in result.tokens], minlength=3)[:3]
+    expected = law[:3].numpy() * 4_000
+    assert ((found - expected) ** 2 / expected).sum() < 13.8, "2 degrees of freedom, p = 0.001"
+    for tokens, log_probs in zip(result.tokens[:50], result.log_probs[:50], strict=True):
+        assert log_probs[2] == pytest.approx(float(law[tokens[2]].log()))
+
+
+def test_gaps_that_cannot_be_filled_are_refused():
+    with pytest.raises(ValueError, match="must have the sample's length"):
+        request(GAPS, length=9, infill=True)
+    with pytest.raises(ValueError, match="use no stop rule"):
+        request(GAPS, length=8, infill=True, stop=StopRule(eos_token_id=2))
+    with pytest.raises(ValueError, match="needs at least one token"):
+        SAMPLERS["ar"](request(((MASK, 1),), length=2, infill=True))

@@ -1,0 +1,101 @@
+"""Small sums over all ranks: on the host's group where the host waits, on the device's where it goes on."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_SHIFTS = (0, 16, 32, 48)
+
+
+class HostCopy:
+    """A device tensor on its way to the host: the copy is queued now, and read when it is needed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied = None
+        self._host = tensor
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def values(self) -> list[float]:
+        """The numbers; waits for what was queued before the copy, and for nothing after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()
+
+
+class DeviceSum:
+    """One small sum over all ranks, started now, on the device's own group.
+
+    On CUDA the host does not wait for it: the device adds up between its other work. With gloo, the device's group of
+    a CPU, whoever first asks for the sum waits.
+
+    Args:
+        floats: own numbers, on the device or not.
+        integers: own integers, added modulo 2^64.
+        world_size: number of ranks.
+        device: of this rank.
+    """
+
+    def __init__(
+        self, floats: Sequence[Tensor | float], integers: Sequence[int], world_size: int, device: torch.device
+    ) -> None:
+        self._num_floats = len(floats)
+        digits = torch.tensor(split_integers(integers), dtype=torch.float64)
+        if device.type == "cuda":
+            digits = digits.pin_memory().to(device, non_blocking=True)
+        own = [torch.as_tensor(number, dtype=torch.float64, device=device).reshape(1) for number in floats]
+        self._total = torch.cat([*own, digits])
+        self._work = dist.all_reduce(self._total, async_op=True) if world_size > 1 else None
+        self._copy = None
+        if device.type == "cuda":
+            self.on_device()
+            self._copy = HostCopy(self._total)
+
+    def on_device(self) -> Tensor:
+        """The floats' sums, float64, on the device."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._total[: self._num_floats]
+
+    def on_host(self) -> tuple[list[float], list[int]]:
+        """Both sums; the integers lie in [0, 2^64)."""
+        self.on_device()
+        values = self._total.tolist() if self._copy is None else self._copy.values()
+        return values[: self._num_floats], join_integers(values[self._num_floats :])
+
+
+def sum_on_host(
+    floats: Sequence[float], integers: Sequence[int], group: dist.ProcessGroup | None
+) -> tuple[list[float], list[int]]:
+    """Add over the ranks of a host group (None: alone): floats in float64, integers modulo 2^64, in [0, 2^64)."""
+    total = torch.tensor([*floats, *split_integers(integers)], dtype=torch.float64)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    values = total.tolist()
+    return values[: len(floats)], join_integers(values[len(floats) :])
+
+
+def split_integers(integers: Sequence[int]) -> list[float]:
+    """Four digits of 16 bits each, as float64: sums over up to 2^37 ranks stay exact."""
+    digits = []
+    for number in integers:
+        for shift in _SHIFTS:
+            digits.append(float(number >> shift & 0xFFFF))
+    return digits
+
+
+def join_integers(digits: Sequence[float]) -> list[int]:
+    """The integers modulo 2^64 whose (summed) digits these are."""
+    numbers = []
+    for first in range(0, len(digits), len(_SHIFTS)):
+        number = 0
+        for shift, digit in zip(_SHIFTS, digits[first:], strict=False):
+            number += int(digit) << shift
+        numbers.append(number % 2**64)
+    return numbers
