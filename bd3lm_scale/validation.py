@@ -18,7 +18,12 @@ from bd3lm_scale.diffusion.likelihood import Likelihood, LikelihoodSums
 from bd3lm_scale.diffusion.loss import row_losses
 from bd3lm_scale.diffusion.noising import noise_rows_for_evaluation
 from bd3lm_scale.engine import Engine, run_pass, sum_over_ranks
+from bd3lm_scale.errors import BadShardError
+from bd3lm_scale.parallel.agreement import Agreement
+from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.values import LossSum, NoisyRows, Rows
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,12 @@ class Validation:
     Attributes:
         likelihood: NELBO, PPL, bits per token, standard errors.
         moments: moments of the block losses by number of masked tokens, over all ranks, for the clip search.
+        stream: the rows without those of damaged shards, which were left out.
     """
 
     likelihood: Likelihood
     moments: CountMoments
+    stream: RowStream
 
 
 def validate(
@@ -58,17 +65,14 @@ def validate(
         micro_batch_size: rows per rank and pass.
         use_ema: swap the averaged weights in (training only; otherwise the engine holds what was loaded).
         beat: told the number of rows done so far.
+
+    Raises:
+        BadShardError: on every rank, where data.on_bad_shard is stop.
     """
-    num_rows = stream.num_rows if rows is None else min(rows, stream.num_rows)
-    if num_rows == 0:
-        raise ValueError("evaluation.rows (0): there is no validation row to score; prepare a validation split")
+    size = micro_batch_size or config.evaluation.micro_batch_size or config.train.micro_batch_size
+    stream, plan = _sound_rows(engine, stream, rows, size, config.data.on_bad_shard == "skip")
+    num_rows = plan.global_batch_size
     sums, moments = LikelihoodSums.empty(), CountMoments(engine.process.block_size)
-    plan = BatchPlan(
-        num_rows,
-        micro_batch_size or config.evaluation.micro_batch_size or config.train.micro_batch_size,
-        engine.mesh.data_rank,
-        engine.mesh.data_size,
-    )
     _set_mode(engine, training=False)
     with engine.optimizer.ema_weights() if use_ema and engine.optimizer else nullcontext():
         for group in _groups(plan, stream, engine.mesh.pipeline_size):
@@ -81,7 +85,39 @@ def validate(
                         moments.accumulate(n, loss)
             beat(min(num_rows, int(group[-1].position_B[-1]) + 1))
     _set_mode(engine, training=True)
-    return _reduce(engine, sums, moments)
+    return _reduce(engine, sums, moments, stream)
+
+
+def _sound_rows(
+    engine: Engine, stream: RowStream, rows: int | None, micro_batch_size: int, skips: bool
+) -> tuple[RowStream, BatchPlan]:
+    """The stream without its damaged shards, as all ranks agree, and how its rows are shared. Collective.
+
+    Each rank reads its rows once before any of them computes, so that none waits for one that cannot read.
+    """
+    mesh = engine.mesh
+    agreement = Agreement(mesh.rank, mesh.world_size, engine.host_group) if engine.host_group else Agreement()
+    while True:
+        num_rows = stream.num_rows if rows is None else min(rows, stream.num_rows)
+        if num_rows == 0:
+            raise ValueError("evaluation.rows (0): there is no validation row to score; prepare a validation split")
+        plan = BatchPlan(num_rows, micro_batch_size, mesh.data_rank, mesh.data_size)
+        bad_shard = None
+        try:
+            for index in range(plan.num_micro_batches):
+                position = plan.positions(index)
+                stream.read_held_out(position[position < num_rows])
+        except BadShardError as error:
+            bad_shard = (error.shard, error.reason)
+        found = dict(sorted(filter(None, agreement.exchange(bad_shard))))
+        if not found:
+            return stream, plan
+        if not skips:
+            raise BadShardError(*next(iter(found.items())))
+        if mesh.is_main_rank:
+            said = "; ".join(f"{shard} ({reason})" for shard, reason in found.items())
+            log.warning("leaving out damaged shards of the validation split: %s", said)
+        stream = stream.without(tuple(sorted({*stream.source.excluded, *found})))
 
 
 def _set_mode(engine: Engine, training: bool) -> None:
@@ -105,11 +141,10 @@ def _groups(plan: BatchPlan, stream: RowStream, pipeline_size: int) -> Iterator[
 
 
 def read_rows(position: np.ndarray, num_rows: int, stream: RowStream) -> Rows:
-    """Rows at the given places of a split; places from num_rows on, and rows of damaged shards
-    that are left out, become rows that are not real."""
+    """Rows at the given places of a split; places from num_rows on become rows that are not real."""
     is_real = position < num_rows
-    tokens, is_left_out = stream.read_held_out(np.where(is_real, position, 0))
-    return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real & ~is_left_out))
+    tokens = stream.read_held_out(np.where(is_real, position, 0))
+    return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real))
 
 
 def _likelihood_sums(
@@ -123,9 +158,9 @@ def _likelihood_sums(
     return sums
 
 
-def _reduce(engine: Engine, sums: LikelihoodSums, moments: CountMoments) -> Validation:
+def _reduce(engine: Engine, sums: LikelihoodSums, moments: CountMoments, stream: RowStream) -> Validation:
     first = sums.as_tensor()
     figures, _ = sum_over_ranks(engine, torch.cat([first, moments.as_tensor().flatten()]).tolist(), [])
     total = torch.tensor(figures, dtype=torch.float64)
     all_moments = CountMoments.from_tensor(total[len(first) :], moments.block_size)
-    return Validation(LikelihoodSums(total[: len(first)]).estimate(), all_moments)
+    return Validation(LikelihoodSums(total[: len(first)]).estimate(), all_moments, stream)

@@ -1,6 +1,7 @@
 """The two places shards come from: a folder on this machine, and a remote folder through the cache."""
 
 import hashlib
+import logging
 import os
 import queue
 import threading
@@ -11,6 +12,7 @@ from bd3lm_scale.data.cache import CacheFullError, FileCache, default_folder
 from bd3lm_scale.data.shards import Shard
 from bd3lm_scale.data.storage import DamagedError, is_remote, join, transfer
 
+_log = logging.getLogger(__name__)
 _FETCH_THREADS = 4
 _EVICTION_RACES = 3
 _BYTES_PER_GB = 10**9
@@ -98,11 +100,12 @@ class RemoteFiles:
             shard = ahead.get()
             try:
                 self._cache.get(_key(shard), shard.size, lambda part, s=shard: self._fetch(s, part), wait=False)
-            except (OSError, DamagedError, CacheFullError):
+            except Exception as problem:  # whoever opens the shard meets it again and says so; the thread goes on
+                _log.debug("fetching %s ahead: %s", shard.name, problem)
                 self._asked.discard(shard.name)
 
     def _fetch(self, shard: Shard, part: Path) -> None:
-        transfer(join(self.where, f"{self._split}/{shard.name}"), part, self._timeout)
+        transfer(join(self.where, f"{self._split}/{shard.name}"), part, self._timeout, shard.size)
         with part.open("rb") as file:
             found = _digest(file)
         if found != shard.sha256:

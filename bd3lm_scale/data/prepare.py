@@ -140,7 +140,8 @@ def _finished(output: Path, description: dict) -> dict[str, Manifest] | None:
     files = {split: output / split / MANIFEST for split in SPLITS}
     if (output / PROGRESS).exists() or not any(file.exists() for file in files.values()):
         return None
-    manifests = {s: manifest_from_json(f.read_text(encoding="utf-8"), str(f)) for s, f in files.items() if f.exists()}
+    text = {split: file.read_text(encoding="utf-8", errors="replace") for split, file in files.items() if file.exists()}
+    manifests = {split: manifest_from_json(content, str(files[split])) for split, content in text.items()}
     for manifest in manifests.values():
         _refuse_changes(output, manifest.preparation, description)
     return manifests

@@ -9,8 +9,9 @@ from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.files import open_files
 from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota, weighted_order
 from bd3lm_scale.data.reader import ShardReader
-from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, manifest_from_json
+from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, data_digest, manifest_from_json
 from bd3lm_scale.data.storage import is_remote, join, read_text
+from bd3lm_scale.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class ShardSource:
         if len(self._datasets) > 1:
             self._mixture = MixtureOrder(mixture_quota([m.weight for m in config.mixture]), seed)
 
+    @property
+    def data_hash(self) -> str:
+        """Hash of all shards in order; a copy elsewhere has the same."""
+        return data_digest(dataset.manifest for dataset in self._datasets)
+
     def seek(self, origin: int) -> None:
         """Told where a batch reader begins; every row can be read at any time, so nothing to do."""
 
@@ -62,15 +68,11 @@ class ShardSource:
         return ShardSource(self.config, self.seed, self.split, excluded)
 
     def read(self, sample_index: np.ndarray) -> np.ndarray:
-        """Rows (n, L) in the stored dtype for int64 sample indices (n,). BadShardError, ValueError.
-
-        Validation rows of excluded shards are zeros: `is_left_out` says which.
-        """
+        """Rows (n, L) in the stored dtype for int64 sample indices (n,). BadShardError, ValueError."""
         source, shard, row, inner = self._locate(sample_index)
-        left_out = self.is_left_out(sample_index)
         out = np.zeros((len(source), self.config.context_length), self.dtype)
-        for number in np.unique(source[~left_out]):
-            dataset, chosen = self._datasets[number], (source == number) & ~left_out
+        for number in np.unique(source):
+            dataset, chosen = self._datasets[number], source == number
             if self.split == "train" and dataset.reader.files.is_remote:
                 needed = dataset.order.shards_needed(int(inner[chosen].min()))
                 dataset.reader.files.fetch_ahead([dataset.manifest.shards[i] for i in needed])
@@ -79,27 +81,31 @@ class ShardSource:
             out[chosen] = wrap_rows(rows, self.tokenizer) if self.config.wrap_rows else rows
         return out
 
+    @property
+    def num_sound_rows(self) -> int:
+        """Rows per epoch, or for validation, where rows of excluded shards are not replaced by others, the rest."""
+        return len(self._validation_order) if self._validation_order is not None else self.num_rows
+
     def by_weight(self, position: np.ndarray) -> np.ndarray:
         """The row (n,) at each place of an order whose first N places hold a mixture's datasets by weight."""
-        is_mixed = self.split == "validation" and len(self._datasets) > 1
-        return self._rows_by_weight[position] if is_mixed else position
+        return position if self._validation_order is None else self._validation_order[position]
 
     @cached_property
-    def _rows_by_weight(self) -> np.ndarray:
-        rows = [dataset.order.num_rows for dataset in self._datasets]
-        return weighted_order([m.weight for m in self.config.mixture], rows)
+    def _validation_order(self) -> np.ndarray | None:
+        """The sound validation rows; None where they are simply all rows in order."""
+        if self.split == "train" or (len(self._datasets) == 1 and not self.excluded):
+            return None
+        weights = [m.weight for m in self.config.mixture] or [1.0]
+        order = weighted_order(weights, [dataset.order.num_rows for dataset in self._datasets])
+        source, shard, _, _ = self._locate(order)
+        is_sound = np.ones(len(order), bool)
+        for number, dataset in enumerate(self._datasets):
+            is_sound &= (source != number) | ~np.isin(shard, sorted(dataset.order.excluded))
+        return order[is_sound]
 
     def dataset_of(self, sample_index: np.ndarray) -> np.ndarray:
         """Number of the dataset, in a mixture's order, that each row (n,) comes from."""
         return self._locate(sample_index)[0]
-
-    def is_left_out(self, sample_index: np.ndarray) -> np.ndarray:
-        """Which validation rows (n,) lie in excluded shards; training rows of such shards are replaced by others."""
-        if self.split == "train" or not self.excluded:
-            return np.zeros(len(sample_index), bool)
-        source, shard, _, _ = self._locate(sample_index)
-        names = [self._datasets[d].shard_name(s) for d, s in zip(source.tolist(), shard.tolist(), strict=True)]
-        return np.isin(names, self.excluded)
 
     def shard_of(self, sample_index: int) -> str:
         """The name, as in `excluded`, of the shard that a row comes from."""
@@ -163,12 +169,15 @@ def read_manifest(config: DataConfig, path: str, split: str) -> Manifest:
     address = inside(path, f"{split}/{MANIFEST}")
     try:
         text = read_text(address, config.retries, config.timeout_seconds)
-    except OSError as problem:
+    except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(
             f"data.path ({path}): cannot read {split}/{MANIFEST} ({problem}); give a folder written by "
             "tools/prepare_data.py (make demo-data builds data/demo)"
         ) from problem
-    return manifest_from_json(text, address)
+    manifest = manifest_from_json(text, address)
+    if manifest.split != split:
+        raise ValueError(f"{address}: describes the split {manifest.split!r}; put the right manifest back")
+    return manifest
 
 
 def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
@@ -183,7 +192,8 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
         )
     damaged = frozenset(i for i, shard in enumerate(manifest.shards) if prefix + shard.name in source.excluded)
     if len(damaged) == len(manifest.shards):
-        raise ValueError("data: every shard is excluded as damaged; restore the shards")
+        reason = f"data.path ({path}): every shard is excluded as damaged; restore the {split} shards"
+        raise ConfigError([reason], source="the data")
     order = RowOrder(rows, source.seed, config.shuffle_window, number, damaged)
     reader = ShardReader(manifest, open_files(path, split, config), config.retries, prefix)
     return _Dataset(manifest, reader, order)

@@ -12,8 +12,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,8 @@ FORMAT = "bd3lm_scale.shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 _TAR_BLOCK = 512
+_NPY_HEADER = 128
+_LARGEST_COUNT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,28 @@ def manifest_to_json(manifest: Manifest) -> str:
         "num_tokens": manifest.num_tokens,
         "num_documents": manifest.num_documents,
         "num_text_bytes": manifest.num_text_bytes,
+        "rows_sha256": _rows_digest(manifest),
         "tokenizer": vars(manifest.tokenizer),
         "preparation": manifest.preparation,
     }
     lines = ",\n".join(json.dumps(shard.to_json(), separators=(",", ":")) for shard in manifest.shards)
     return json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n' + lines + "\n]\n}\n"
+
+
+def _rows_digest(manifest: Manifest) -> str:
+    """Hash of all that decides which tokens a row has, and of the counts: a changed manifest gives no other rows."""
+    counts = [manifest.chunk_tokens, manifest.num_tokens, manifest.num_documents, manifest.num_text_bytes]
+    digest = hashlib.sha256(json.dumps([manifest.split, manifest.dtype, counts]).encode())
+    for shard in manifest.shards:
+        digest.update(json.dumps([shard.name, shard.size, shard.sha256, shard.num_tokens]).encode())
+        digest.update(shard.token_members.astype("<i8").tobytes() + shard.document_members.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def data_digest(manifests: Iterable[Manifest]) -> str:
+    """Hash of the shards themselves, wherever they lie and whatever they are called."""
+    shards = [[[shard.sha256, shard.num_tokens] for shard in manifest.shards] for manifest in manifests]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 def manifest_from_json(text: str, where: str) -> Manifest:
@@ -104,21 +125,8 @@ def manifest_from_json(text: str, where: str) -> Manifest:
         raw = json.loads(text)
         if raw["format"] != FORMAT or raw["version"] != VERSION:
             raise ValueError(f"format {raw['format']} version {raw['version']}, expected {FORMAT} version {VERSION}")
-        identity = dict(raw["tokenizer"])
-        identity["files"] = tuple(_plain_name(name) for name in identity["files"])
-        shards = tuple(shard_from_json(entry) for entry in raw["shards"])
-        manifest = Manifest(
-            split=raw["split"],
-            dtype=raw["dtype"],
-            chunk_tokens=raw["chunk_tokens"],
-            num_tokens=raw["num_tokens"],
-            num_documents=raw["num_documents"],
-            num_text_bytes=raw["num_text_bytes"],
-            tokenizer=TokenizerIdentity(**identity),
-            shards=shards,
-            preparation=raw["preparation"],
-        )
-    except (ValueError, KeyError, TypeError) as problem:
+        manifest = _parse(raw)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
         reason = f"no {problem}" if isinstance(problem, KeyError) else problem
         raise ValueError(f"{where}: not a usable manifest ({reason}); run tools/prepare_data.py again") from problem
     if manifest.dtype != token_dtype(manifest.tokenizer.vocab_size):
@@ -126,17 +134,91 @@ def manifest_from_json(text: str, where: str) -> Manifest:
             f"{where}: dtype {manifest.dtype} does not fit a vocabulary of {manifest.tokenizer.vocab_size}; "
             "run tools/prepare_data.py again"
         )
+    try:
+        _check_layout(manifest)
+        # manifests of earlier versions have no such hash
+        if raw.get("rows_sha256", _rows_digest(manifest)) != _rows_digest(manifest):
+            raise ValueError("its entries were changed: they do not give its rows_sha256")
+    except ValueError as problem:
+        raise ValueError(f"{where}: not a usable manifest ({problem}); restore it, or prepare anew") from problem
     return manifest
+
+
+def _parse(raw: dict) -> Manifest:
+    return Manifest(
+        split=_typed(raw, "split", str),
+        dtype=_typed(raw, "dtype", str),
+        chunk_tokens=_count(raw, "chunk_tokens", least=1),
+        num_tokens=_count(raw, "num_tokens"),
+        num_documents=_count(raw, "num_documents"),
+        num_text_bytes=_count(raw, "num_text_bytes"),
+        tokenizer=_identity(_typed(raw, "tokenizer", dict)),
+        shards=tuple(shard_from_json(entry) for entry in _typed(raw, "shards", list)),
+        preparation=_typed(raw, "preparation", dict),
+    )
+
+
+def _typed(raw: dict, key: str, kind: type):
+    if not isinstance(raw[key], kind):
+        raise ValueError(f"{key} is {type(raw[key]).__name__}, not {kind.__name__}")
+    return raw[key]
+
+
+def _count(raw: dict, key: str, least: int = 0) -> int:
+    value = raw[key]
+    if type(value) is not int or not least <= value < _LARGEST_COUNT:
+        raise ValueError(f"{key} is {str(value)[:40]}, not a whole number from {least}")
+    return value
+
+
+def _identity(raw: dict) -> TokenizerIdentity:
+    ids = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+    size = _count(raw, "vocab_size", least=1)
+    found = {key: _count(raw, key) for key in ids}
+    for key, value in found.items():
+        if value >= size:
+            raise ValueError(f"{key} is {value}, the vocabulary has {size} ids")
+    files = tuple(_plain_name(name) for name in _typed(raw, "files", list))
+    return TokenizerIdentity(hash=_typed(raw, "hash", str), vocab_size=size, files=files, **found)
+
+
+def _check_layout(manifest: Manifest) -> None:
+    """ValueError unless every shard is laid out as `write_shard` does, and the counts add up."""
+    itemsize = np.dtype(manifest.dtype).itemsize
+    for shard in manifest.shards:
+        tokens, documents = shard.token_members, shard.document_members
+        chunks = -(-shard.num_tokens // manifest.chunk_tokens)
+        if len(tokens) != chunks or len(documents) != chunks:
+            raise ValueError(f"{shard.name} has {len(tokens)} members for {chunks} chunks of tokens")
+        lengths = np.full(chunks, manifest.chunk_tokens)
+        lengths[-1] = shard.num_tokens - (chunks - 1) * manifest.chunk_tokens
+        members = np.stack([tokens, documents], axis=1).reshape(-1, 3)
+        in_range = (members >= 0).all() and (members[:, :2] <= shard.size).all() and (members[:, 2] < 1 << 32).all()
+        padded = -(-members[:, 1] // _TAR_BLOCK) * _TAR_BLOCK
+        offsets = _TAR_BLOCK + np.concatenate([[0], np.cumsum(padded[:-1] + _TAR_BLOCK)])
+        fits = (tokens[:, 1] == lengths * itemsize + _NPY_HEADER).all() and (members[:, 0] == offsets).all()
+        if not (in_range and fits and offsets[-1] + padded[-1] <= shard.size):
+            raise ValueError(f"the members of {shard.name} do not lie where its tokens are")
+    names = [shard.name for shard in manifest.shards]
+    if len(set(names)) != len(names):
+        raise ValueError("a shard is listed twice")
+    for key in ("num_tokens", "num_documents"):
+        total = sum(getattr(shard, key) for shard in manifest.shards)
+        if total != getattr(manifest, key):
+            raise ValueError(f"{key} is {getattr(manifest, key)}, its shards have {total}")
 
 
 def shard_from_json(entry: dict) -> Shard:
     """One entry of a manifest (ValueError, KeyError, TypeError when it is malformed)."""
+    sha256 = _typed(entry, "sha256", str)
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"sha256 is {sha256[:70]!r}")
     return Shard(
         name=_plain_name(entry["name"]),
-        size=entry["size"],
-        sha256=entry["sha256"],
-        num_tokens=entry["num_tokens"],
-        num_documents=entry["num_documents"],
+        size=_count(entry, "size", least=1),
+        sha256=sha256,
+        num_tokens=_count(entry, "num_tokens", least=1),
+        num_documents=_count(entry, "num_documents"),
         token_members=_members(entry["token_members"]),
         document_members=_members(entry["document_members"]),
     )
@@ -144,13 +226,16 @@ def shard_from_json(entry: dict) -> Shard:
 
 def _plain_name(name: str) -> str:
     """The name, unless it could lead out of its folder (ValueError)."""
-    if not name or name != Path(name).name or name.startswith("."):
+    if not isinstance(name, str) or not name or name != Path(name).name or name.startswith(".") or "\0" in name:
         raise ValueError(f"{name!r} is not a plain file name")
     return name
 
 
 def _members(entries: list) -> np.ndarray:
-    return np.array(entries, np.int64).reshape(-1, 3)
+    members = np.array(entries)
+    if members.dtype.kind != "i" or members.ndim != 2 or members.shape[1] != 3:
+        raise ValueError("members are not triples of whole numbers: offset, size, checksum")
+    return members.astype(np.int64)
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -21,16 +21,22 @@ class Source(Protocol):
     dtype: np.dtype
     tokenizer: TokenizerIdentity
 
+    @property
+    def data_hash(self) -> str:
+        """Hash of what the rows are made of; "" for text tokenized on the fly."""
+        ...
+
     def read(self, sample_index: np.ndarray) -> np.ndarray:
         """Rows (n, L) in `dtype` for int64 sample indices (n,)."""
         ...
 
-    def by_weight(self, position: np.ndarray) -> np.ndarray:
-        """The row (n,) at each place of an order whose first N places hold a mixture's datasets by weight."""
+    @property
+    def num_sound_rows(self) -> int:
+        """Rows per epoch, or for validation those that lie in no excluded shard."""
         ...
 
-    def is_left_out(self, sample_index: np.ndarray) -> np.ndarray:
-        """Which validation rows (n,) lie in excluded shards, and are read as zeros."""
+    def by_weight(self, position: np.ndarray) -> np.ndarray:
+        """The row (n,) at each place of an order whose first N places hold a mixture's datasets by weight."""
         ...
 
     def shard_of(self, sample_index: int) -> str:

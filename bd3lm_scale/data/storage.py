@@ -5,43 +5,34 @@ A remote folder is a URL; a pipe is a command with {} where the path below the f
 """
 
 import errno
-import http.client
 import io
 import logging
 import random
 import shlex
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
+
+from bd3lm_scale.data.http import DamagedError, TransferError, from_http
+
+__all__ = [
+    "BlockFile", "DamagedError", "TransferError", "is_remote", "join", "open_sequential", "read_text", "retrying",
+    "transfer",
+]  # fmt: skip
 
 Result = TypeVar("Result")
 
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 30.0
 _BLOCK = 1 << 20
-# a transfer that brings less than this within one timeout has stalled
-_LEAST_PROGRESS = 1 << 16
 # one that brings this much before it breaks off may go on at once
 _GOOD_PROGRESS = 1 << 20
+LARGEST_SMALL_FILE = 1 << 30
+"""Manifests and tokenizers are smaller."""
 # asking again cannot help against these
 _LASTING_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC}
-_TRANSIENT_STATUS = {408, 425, 429}
 _log = logging.getLogger(__name__)
-
-
-class TransferError(OSError):
-    """Bytes that could not be had; `is_lasting` says that asking again is no use."""
-
-    def __init__(self, reason: str, is_lasting: bool = False):
-        super().__init__(reason)
-        self.is_lasting = is_lasting
-
-
-class DamagedError(Exception):
-    """Bytes that are not what the manifest says."""
 
 
 def is_remote(path: str) -> bool:
@@ -90,16 +81,30 @@ def read_text(address: str, retries: int, timeout: float) -> str:
     def action() -> str:
         if not is_remote(address):
             return Path(address).read_text(encoding="utf-8")
-        return b"".join(_open(address, 0, timeout)[1]).decode("utf-8")
+        received = bytearray()
+        for block in _open(address, 0, timeout)[1]:
+            received += block
+            if len(received) > LARGEST_SMALL_FILE:
+                raise TransferError(f"{address}: larger than {LARGEST_SMALL_FILE:,} bytes", is_lasting=True)
+        return received.decode("utf-8")
 
     return retrying(action, retries)
 
 
-def transfer(address: str, destination: Path, timeout: float) -> None:
+def transfer(address: str, destination: Path, timeout: float, size: int = LARGEST_SMALL_FILE) -> None:
     """Copy a remote file to `destination`, going on where an earlier attempt broke off if the server can.
 
-    A connection that breaks off again and again is no failure while each brings a good part. TransferError when
-    the file cannot be completed now; what has come stays in `destination` for the next attempt.
+    A connection that breaks off again and again is no failure while each brings a good part.
+
+    Args:
+        address: what to copy.
+        destination: what has come stays there for the next attempt.
+        timeout: seconds without progress.
+        size: the file has no more bytes than this, and no more are ever written.
+
+    Raises:
+        TransferError: the file cannot be completed now.
+        DamagedError: more comes than `size`.
     """
     with destination.open("ab") as file:
         furthest = file.tell()
@@ -109,6 +114,9 @@ def transfer(address: str, destination: Path, timeout: float) -> None:
                 if start < file.tell():
                     file.seek(file.truncate(start))
                 for block in blocks:
+                    if file.tell() + len(block) > size:
+                        file.truncate(0)
+                        raise DamagedError(f"{address}: brings more than the {size:,} bytes it should have")
                     file.write(block)
                     file.flush()  # kept, even if this process is killed
                 return
@@ -157,47 +165,8 @@ def _open(address: str, offset: int, timeout: float) -> tuple[int, Iterator[byte
     if address.startswith("pipe:"):
         return 0, _from_pipe(address)
     if address.startswith(("http://", "https://")):
-        return _from_http(address, offset, timeout)
+        return from_http(address, offset, timeout)
     return 0, _from_filesystem(address)
-
-
-def _from_http(url: str, offset: int, timeout: float) -> tuple[int, Iterator[bytes]]:
-    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as problem:
-        problem.close()
-        if problem.code == 416:  # nothing is missing any more
-            return offset, iter(())
-        is_lasting = 400 <= problem.code < 500 and problem.code not in _TRANSIENT_STATUS
-        raise TransferError(f"{url}: HTTP {problem.code} {problem.reason}", is_lasting) from problem
-    except (OSError, http.client.HTTPException) as problem:
-        raise TransferError(f"{url}: {getattr(problem, 'reason', problem)}") from problem
-    start = offset if response.status == 206 else 0
-    return start, _http_blocks(url, response, timeout)
-
-
-def _http_blocks(url: str, response: http.client.HTTPResponse, timeout: float) -> Iterator[bytes]:
-    length = response.headers.get("Content-Length")
-    expected = None if length is None else int(length)
-    received, checked, checked_at = 0, 0, time.monotonic()
-    with response:
-        while expected is None or received < expected:
-            try:
-                block = response.read1(_BLOCK)
-            except (OSError, http.client.HTTPException) as problem:
-                raise TransferError(f"{url}: {problem} after {received} bytes") from problem
-            if not block:
-                break
-            received += len(block)
-            yield block
-            now = time.monotonic()
-            if now - checked_at > timeout:
-                if received - checked < _LEAST_PROGRESS and received != expected:
-                    raise TransferError(f"{url}: slow: {received - checked} bytes in {now - checked_at:.1f} s")
-                checked, checked_at = received, now
-    if expected is not None and received < expected:
-        raise TransferError(f"{url}: cut off after {received} of {expected} bytes")
 
 
 def _from_pipe(command: str) -> Iterator[bytes]:

@@ -15,8 +15,8 @@ from bd3lm_scale.data.files import open_cache
 from bd3lm_scale.data.shard_source import inside, paths_of, read_manifest, row_payload
 from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.source import Source, open_source
-from bd3lm_scale.data.storage import is_remote, retrying, transfer
-from bd3lm_scale.data.tokenizer import load_tokenizer
+from bd3lm_scale.data.storage import DamagedError, is_remote, retrying, transfer
+from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
 from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.values import Cursor
 
@@ -29,11 +29,12 @@ class RowStream:
 
     Attributes:
         source: what reads them, in this process; worker processes make their own.
-        num_rows: rows per epoch (validation: rows there are).
+        num_rows: rows per epoch (validation: sound rows there are).
         vocab_size: ids, the mask included.
         mask_token_id: id of the mask.
         tokenizer_path: local folder with the tokenizer the shards were made with.
         tokenizer_hash: its identity.
+        data_hash: identity of the shards, wherever they lie; "" for text tokenized on the fly.
     """
 
     source: Source
@@ -42,20 +43,21 @@ class RowStream:
     mask_token_id: int
     tokenizer_path: str
     tokenizer_hash: str
+    data_hash: str = ""
 
     def read(self, sample_index: np.ndarray) -> np.ndarray:
         """Rows (n, L) int64 for int64 global sample indices (n,). BadShardError when a shard is unreadable."""
         return self.source.read(sample_index).astype(np.int64)
 
-    def read_held_out(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Validation rows (n, L) int64 at places in the order of evaluation, and which of them are left out (n,).
+    def read_held_out(self, position: np.ndarray) -> np.ndarray:
+        """Validation rows (n, L) int64 at places below num_rows in the order of evaluation.
 
         The first N places hold a mixture's datasets by weight. BadShardError as for training rows.
         """
         index = self.source.by_weight(position)
-        rows, is_left_out = self.read(index), self.source.is_left_out(index)
-        self.refuse_mask(rows[~is_left_out], index[~is_left_out])
-        return rows, is_left_out
+        rows = self.read(index)
+        self.refuse_mask(rows, index)
+        return rows
 
     def refuse_mask(self, rows: np.ndarray, sample_index: np.ndarray) -> None:
         """BadShardError where a text holds the mask: no model can predict it, and the loss would be infinite."""
@@ -67,7 +69,8 @@ class RowStream:
 
     def without(self, excluded: tuple[str, ...]) -> "RowStream":
         """The same stream going without these shards (and only these)."""
-        return dataclasses.replace(self, source=self.source.without(excluded))
+        source = self.source.without(excluded)
+        return dataclasses.replace(self, source=source, num_rows=source.num_sound_rows)
 
     def close(self) -> None:
         """Close all files."""
@@ -91,7 +94,15 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
     source = open_source(config, seed, split, tuple(cursor.excluded_shards))
     identity = source.tokenizer
     folder = _tokenizer_folder(config, identity)
-    return RowStream(source, source.num_rows, identity.vocab_size, identity.mask_token_id, folder, identity.hash)
+    return RowStream(
+        source,
+        source.num_sound_rows,
+        identity.vocab_size,
+        identity.mask_token_id,
+        folder,
+        identity.hash,
+        source.data_hash,
+    )
 
 
 def bytes_per_token(config: DataConfig, split: str) -> float | None:
@@ -118,6 +129,8 @@ def _tokenizer_folder(config: DataConfig, identity: TokenizerIdentity) -> str:
             f"data.path ({path}): the shards were made with tokenizer {identity.hash[:12]}, but {folder} holds "
             f"{found.hash[:12]}; put the right one back, or run tools/prepare_data.py again"
         )
+    if dataclasses.replace(identity_of(found), files=()) != dataclasses.replace(identity, files=()):
+        raise ValueError(f"data.path ({path}): its manifest has other special ids than its tokenizer; restore it")
     return str(folder)
 
 
@@ -126,7 +139,7 @@ def _fetch_tokenizer(config: DataConfig, identity: TokenizerIdentity, folder: Pa
         address = inside(paths_of(config)[0], f"tokenizer/{name}")
         try:
             retrying(lambda a=address, n=name: transfer(a, folder / n, config.timeout_seconds), config.retries)
-        except OSError as problem:
+        except (OSError, DamagedError) as problem:
             raise ValueError(f"data.path: cannot read tokenizer/{name} ({problem}); copy the whole folder") from problem
 
 

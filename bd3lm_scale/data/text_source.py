@@ -50,6 +50,11 @@ class TextSource:
         self._origin = self._next = 0
         self._rows: Iterator[np.ndarray] | None = None
 
+    @property
+    def data_hash(self) -> str:
+        """Not known before all of the text has been read."""
+        return ""
+
     def seek(self, origin: int) -> None:
         """Start the stream anew at this sample index, unless that is where it started."""
         if origin != self._origin:
@@ -74,13 +79,14 @@ class TextSource:
             self._next = wanted + 1
         return wrap_rows(out, self.tokenizer) if self.config.wrap_rows else out
 
+    @property
+    def num_sound_rows(self) -> int:
+        """All of them."""
+        return self.num_rows
+
     def by_weight(self, position: np.ndarray) -> np.ndarray:
         """The rows as they are."""
         return position
-
-    def is_left_out(self, sample_index: np.ndarray) -> np.ndarray:
-        """None: damaged shards give no rows to begin with."""
-        return np.zeros(len(sample_index), bool)
 
     def shard_of(self, sample_index: int) -> str:
         """The text as a whole: rows do not know where they come from."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bd3lm_scale.data.stream import RowStream, bytes_per_token, open_stream
-from bd3lm_scale.errors import CheckpointError, ConfigError
+from bd3lm_scale.errors import BadShardError, CheckpointError, ConfigError
 from bd3lm_scale.evaluation.variance import VarianceReport, format_report, measure_variance
 from bd3lm_scale.inference.loading import Loaded, load_model
 from bd3lm_scale.parallel.mesh import shutdown
@@ -73,14 +73,17 @@ def evaluate(loaded: Loaded, split: str = "validation", rows: int | None = None)
         )
     total = stream.num_rows if rows is None else min(rows, stream.num_rows)
     with tqdm(total=total, unit="row", disable=not loaded.engine.mesh.is_main_rank) as bar:
-        result = validate(
-            loaded.engine,
-            config,
-            stream,
-            rows=rows,
-            draws=config.evaluation.draws,
-            beat=lambda done: bar.update(done - bar.n),
-        )
+        try:
+            result = validate(
+                loaded.engine,
+                config,
+                stream,
+                rows=rows,
+                draws=config.evaluation.draws,
+                beat=lambda done: bar.update(done - bar.n),
+            )
+        except BadShardError as error:  # on every rank
+            raise ConfigError([f"data.path ({config.data.path}): {error}"], source="the data") from error
     likelihood, density = result.likelihood, bytes_per_token(config.data, split)
     if density is None:
         return result

@@ -19,21 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd3lm_scale.config.checks import MIN_FLEX_WIDTH
+from bd3lm_scale.model.tiles import Chunk, flex_block_mask, plan_chunks
 from bd3lm_scale.values import CLEAN_VIEW, Visibility
 
 _CHUNK = 128
 _FLEX_TILE = 128
 _MAX_GRAPHS = 64
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Queries [start, stop) and the key ranges they may see; `bias` is additive, None when all may be seen."""
-
-    start: int
-    stop: int
-    keys: tuple[tuple[int, int], ...]
-    bias: Tensor | None
 
 
 class AttentionPattern:
@@ -102,25 +93,14 @@ class AttentionPattern:
             pieces.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=chunk.bias))
         return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
-    def _chunks(self, device: torch.device, dtype: torch.dtype) -> list[_Chunk]:
+    def _chunks(self, device: torch.device, dtype: torch.dtype) -> list[Chunk]:
         """Runs of whole blocks of about 128 queries, each with the key ranges it may see."""
         cache_key = ("chunks", device, dtype)
-        if cache_key in self._on_device:
-            return self._on_device[cache_key]
-        size = self.visibility.block_size
-        length = max(size, _CHUNK // size * size)
-        chunks = []
-        for start, stop in self._runs(length):
-            index = torch.arange(start, stop)
-            allowed = self.visibility.may_see(index[:, None], torch.arange(self.num_positions)[None, :])
-            ranges = _true_ranges(allowed.any(0))
-            allowed = torch.cat([allowed[:, a:b] for a, b in ranges], dim=1)
-            bias = None
-            if not bool(allowed.all()):
-                bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf")).to(device)
-            chunks.append(_Chunk(start, stop, ranges, bias))
-        self._on_device[cache_key] = chunks
-        return chunks
+        if cache_key not in self._on_device:
+            size = self.visibility.block_size
+            runs = self._runs(max(size, _CHUNK // size * size))
+            self._on_device[cache_key] = plan_chunks(self.visibility, runs, dtype, device)
+        return self._on_device[cache_key]
 
     def _runs(self, length: int) -> list[tuple[int, int]]:
         """Query ranges of at most `length` that never cross from one view into the next."""
@@ -140,22 +120,18 @@ class AttentionPattern:
         return _compiled_flex()(query, key, value, block_mask=block_mask)[:, :, :num_queries]
 
     def _block_mask(self, device: torch.device, padded_queries: int, padded_keys: int) -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
-
         cache_key = ("flex", device, padded_queries)
         if cache_key not in self._on_device:
             v, extra = self.visibility, padded_keys - self.num_positions
             # Padding is a segment of its own: it sees itself, so no query row is empty (an empty one gives NaN).
             padded = Visibility(
-                F.pad(v.view_P, (0, extra), value=CLEAN_VIEW).to(device),
-                F.pad(v.segment_P, (0, extra), value=-1).to(device),
-                F.pad(v.block_P, (0, extra), value=0).to(device),
+                F.pad(v.view_P, (0, extra), value=CLEAN_VIEW),
+                F.pad(v.segment_P, (0, extra), value=-1),
+                F.pad(v.block_P, (0, extra), value=0),
                 v.block_size,
             )
             # A query tile may stop short of the keys; padded query rows then stand for real positions, harmlessly.
-            self._on_device[cache_key] = create_block_mask(
-                lambda b, h, q, k: padded.may_see(q, k), None, None, padded_queries, padded_keys, device=str(device)
-            )
+            self._on_device[cache_key] = flex_block_mask(padded, padded_queries, _FLEX_TILE, device)
         return self._on_device[cache_key]
 
 
@@ -166,14 +142,6 @@ def _compiled_flex() -> Any:
     # One graph per shape, mode and model chunk; beyond the limit torch would build the whole score matrix instead.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     return torch.compile(flex_attention, dynamic=False)
-
-
-def _true_ranges(flags: Tensor) -> tuple[tuple[int, int], ...]:
-    """Maximal runs of True in a 1-D boolean tensor, as (start, stop)."""
-    padded = F.pad(flags.to(torch.int8), (1, 1))
-    change = padded[1:] - padded[:-1]
-    starts, stops = (torch.nonzero(change == sign).flatten().tolist() for sign in (1, -1))
-    return tuple(zip(starts, stops, strict=True))
 
 
 @dataclass

@@ -12,7 +12,7 @@ log = get_logger(__name__)
 
 
 def refuse_differences(reader: CheckpointReader, config: RunConfig, stream: RowStream, fresh: bool) -> None:
-    """ConfigError where `fresh` forbids any checkpoint, or this one was trained with other settings or tokenizer."""
+    """ConfigError where `fresh` forbids any checkpoint, or this one was trained with other settings or data."""
     if fresh:
         raise ConfigError(
             [f"run_dir ({config.run_dir}): holds {reader.path.name}; use another run_dir, or drop --fresh"]
@@ -22,6 +22,11 @@ def refuse_differences(reader: CheckpointReader, config: RunConfig, stream: RowS
         found.append(
             f"data.path ({config.data.path}): its tokenizer is not the one {reader.path.name} was trained with; "
             "use the same shards, or another run_dir"
+        )
+    elif reader.meta.get("data_hash", stream.data_hash) != stream.data_hash:
+        found.append(
+            f"data.path ({config.data.path}): its shards are not those {reader.path.name} was trained with; "
+            "use the same shards (a copy of them elsewhere will do), or another run_dir"
         )
     if found:
         raise ConfigError(found, source=f"resuming {reader.path}")

@@ -106,7 +106,10 @@ class Loop:
             self.metrics.write("spread", session.step, **vars(spread))
         self.progress.update(session.step, report.loss)
         if session.step % config.evaluation.every_steps == 0 or session.step == config.train.steps:
-            _validate(session, self.held_out, self.metrics, self.watchdog)
+            try:
+                self.held_out = _validate(session, self.held_out, self.metrics, self.watchdog)
+            except BadShardError as error:
+                return ExitCode.CONFIG, str(error)
         if session.step % config.checkpoint.every_steps == 0:
             _save(session, self.metrics, self.watchdog)
         return None
@@ -166,8 +169,8 @@ def _save(session: Session, metrics: MetricsWriter, watchdog: Watchdog) -> None:
     session.save()
 
 
-def _validate(session: Session, held_out: RowStream, metrics: MetricsWriter, watchdog: Watchdog) -> None:
-    """NELBO on held-out rows, and the clip interval of least variance."""
+def _validate(session: Session, held_out: RowStream, metrics: MetricsWriter, watchdog: Watchdog) -> RowStream:
+    """NELBO on held-out rows, and the clip interval of least variance. Returns the rows without damaged shards."""
     config = session.config
     result = validate(
         session.engine,
@@ -198,3 +201,4 @@ def _validate(session: Session, held_out: RowStream, metrics: MetricsWriter, wat
         variance={f"{low:g}-{high:g}": loss.variance for (low, high), loss in table.items()},
         relative_variance={f"{low:g}-{high:g}": loss.relative for (low, high), loss in table.items()},
     )
+    return result.stream

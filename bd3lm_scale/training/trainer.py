@@ -214,6 +214,7 @@ class Session:
             "vocab_size": self.stream.vocab_size,
             "mask_token_id": self.stream.mask_token_id,
             "tokenizer_hash": self.stream.tokenizer_hash,
+            "data_hash": self.stream.data_hash,
             "versions": {name: version(name) for name in VERSIONS},
         }
 

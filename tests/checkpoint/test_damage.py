@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 
 import pytest
@@ -243,7 +244,11 @@ def test_old_version_is_migrated(run, monkeypatch):
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(run):
     reader = resume(run)
+    flip(reader.path / FILES[0], lambda size: size - 1)
+    assert reader.size_problems() == []
     truncate(reader.path / FILES[1], lambda size: size // 2)
+    (problem,) = reader.size_problems()
+    assert re.search(r"part_00001\.safetensors has [\d,]+ bytes, the manifest says", problem)
     with pytest.raises(CheckpointError, match=r"part_00001\.safetensors ends before its data"):
         list(reader.scan())
 

@@ -71,9 +71,9 @@ def test_files_are_ordinary_safetensors(store):
 
 def test_keep_last_and_keep_every(tmp_path):
     store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=2, keep_every=30))
-    for step in range(10, 80, 10):
+    for step in range(10, 90, 10):
         save(store, step)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_000000{n}" for n in (30, 60, 70)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_000000{n}" for n in (30, 60, 70, 80)]
 
 
 def test_newest_is_none_without_checkpoints(store):

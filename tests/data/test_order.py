@@ -47,6 +47,29 @@ def test_epochs_seeds_and_sources_differ():
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
+def test_rows_are_permuted_anew_in_every_window_epoch_and_source():
+    """One shard is one window here, so the order of its rows tells what they are keyed by."""
+    rows = 50
+
+    def orders(**changes) -> list[tuple[int, ...]]:
+        order = RowOrder(np.full(4, rows), **{"seed": 5, "window": 1, **changes})
+        row = order.locate(np.arange(3 * 4 * rows))[1].reshape(-1, rows)  # three epochs of four windows
+        return [tuple(part) for part in row.tolist()]
+
+    found = orders() + orders(seed=6) + orders(source=1)
+    assert len(set(found)) == len(found) == 36
+    assert all(sorted(part) == list(range(rows)) for part in found)
+
+
+def test_shards_are_permuted_anew_in_every_epoch_and_source():
+    def orders(**changes) -> list[tuple[int, ...]]:
+        order = RowOrder(np.full(30, 2), **{"seed": 5, "window": 1, **changes})
+        return [tuple(part) for part in order.locate(np.arange(3 * 60))[0].reshape(3, 60)[:, ::2].tolist()]
+
+    found = orders() + orders(seed=6) + orders(source=1)
+    assert len(set(found)) == len(found) == 9
+
+
 def test_a_window_of_shards_is_finished_before_the_next_begins():
     order = RowOrder(np.full(12, 10), 1, 4)
     shards = [{s for s, _ in pairs(order, range(start, start + 40))} for start in (0, 40, 80)]
@@ -84,6 +107,18 @@ def test_excluding_a_shard_moves_no_other_row():
     for result, gone in ((one, {4}), (two, {4, 1})):
         assert all(s not in gone and 0 <= r < ROWS[s] for s, r in result)
     assert two == pairs(RowOrder(ROWS, 5, 3, excluded=frozenset({1, 4})), index)
+
+
+def test_substitutes_are_spread_over_all_that_is_left():
+    """Each sample has its own: of 20 rows, 3,000 substitutes take every one about as often."""
+    order = RowOrder(np.array([20, 300]), 5, 2, excluded=frozenset({1}))
+    whole = RowOrder(np.array([20, 300]), 5, 2)
+    index = np.arange(3200)
+    row = order.locate(index)[1][whole.locate(index)[0] == 1]
+    counts = np.bincount(row, minlength=20)
+    assert counts.sum() == 3000
+    assert np.abs(counts - 150).max() < 5 * 150**0.5
+    assert len(np.unique(row[:300] * 1000 + row[300:600])) > 100, "another substitute in every epoch"
 
 
 def test_excluding_everything_is_refused():

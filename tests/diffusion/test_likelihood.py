@@ -28,6 +28,14 @@ def test_figures_are_what_they_say():
     assert result.ppl_stderr == pytest.approx(result.ppl * result.stderr)
 
 
+def test_the_rows_error_is_that_of_a_ratio_of_sums():
+    """sqrt(R/(R-1) sum (x - nelbo n)^2) / sum n, with three rows, where R/(R-1) is plain to see."""
+    loss, tokens = torch.tensor([9.0, 16.0, 20.0]), torch.tensor([4, 6, 10])
+    residuals = [x - 45 / 20 * n for x, n in ((9, 4), (16, 6), (20, 10))]
+    expected = math.sqrt(3 / 2 * sum(r * r for r in residuals)) / 20
+    assert LikelihoodSums.of_rows(loss, tokens).estimate().stderr == pytest.approx(expected)
+
+
 def test_sums_do_not_depend_on_how_rows_are_split():
     loss, tokens, _ = simulated(40, 3)
     whole = LikelihoodSums.of_rows(loss, tokens)

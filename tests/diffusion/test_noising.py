@@ -105,6 +105,22 @@ def test_every_position_sees_all_times_at_micro_batch_1():
     assert correlation.abs().max() < 5 / steps**0.5
 
 
+@pytest.mark.parametrize("times", [draw_times, evaluation_times])
+def test_the_rotation_of_the_strata_is_uniform_and_new_at_every_step(times):
+    """With one block there is one stratum and the time is the rotation; with many, all of a step share it."""
+    steps = 2000
+    rotation = np.array([float(times(11, step, torch.zeros(1), 1, 1, (0.0, 1.0))) for step in range(steps)])
+    assert len(np.unique(rotation)) == steps
+    assert abs(rotation.mean() - 0.5) < 4 * (1 / 12 / steps) ** 0.5
+    assert abs(rotation.var() * 12 - 1) < 0.1
+    assert abs(np.corrcoef(rotation[1:], rotation[:-1])[0, 1]) < 4 / steps**0.5
+    many = [times(11, step, torch.arange(4), 8, 4, (0.0, 1.0)).numpy() * 32 % 1 for step in range(3)]
+    for inside in many:
+        assert np.ptp(inside) < 1e-12
+    assert np.ptp([inside[0, 0] for inside in many]) > 1e-3
+    assert float(times(12, 0, torch.zeros(1), 1, 1, (0.0, 1.0))) != rotation[0]
+
+
 def test_evaluation_times_do_not_follow_training_times_and_differ_by_draw():
     rows = torch.arange(6)
     first, second = (evaluation_times(11, d, rows, 8, 6, FULL) for d in (0, 1))
@@ -112,6 +128,23 @@ def test_evaluation_times_do_not_follow_training_times_and_differ_by_draw():
     assert not torch.equal(first, second)
     assert not torch.equal(first, train)
     assert torch.equal(first[2:4], evaluation_times(11, 0, torch.tensor([2, 3]), 8, 6, FULL))
+
+
+def test_masks_are_drawn_anew_for_every_step_draw_row_and_seed():
+    """At one fixed time, so that nothing else moves them: any two masks agree in half of the places."""
+    process, rows = process_for(length=512, block_size=64, ignore_bos=False), text(2, 512)
+    half = (0.5, 0.5)
+    train = [
+        noise_rows(rows, process, seed=seed, step=step, global_batch_size=2, interval=half)
+        for seed, step in ((3, 5), (3, 6), (4, 5))
+    ]
+    held_out = [
+        noise_rows_for_evaluation(rows, process, seed=seed, draw=draw, num_rows=2, interval=half)
+        for seed, draw in ((3, 5), (3, 6), (4, 5))
+    ]
+    masks = torch.cat([noisy.is_scored_BL for noisy in train + held_out])
+    agreement = (masks[:, None] == masks[None]).double().mean(2)
+    assert (agreement - 0.5)[~torch.eye(len(masks), dtype=torch.bool)].abs().max() < 5 * 0.5 / 512**0.5
 
 
 @pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
@@ -157,7 +190,7 @@ def test_evaluation_leaves_the_first_token_out_only_when_it_is_given():
 def test_full_masking_weighs_one(schedule):
     changes = {"mdlm_loss_scale": True} if schedule == "scaled" else {"schedule": schedule}
     process = process_for(block_size=1, ignore_bos=False, **changes)
-    noisy = noise(text(12), process, interval=(1.0, 1.0))
+    noisy = noise(text(400), process, gbs=400, interval=(1.0, 1.0))
     assert noisy.is_scored_BL.all()
     assert (noisy.weight_BL == 1).all()
 

@@ -14,7 +14,7 @@ from bd3lm_scale.diffusion.samplers.filtering import TokenFilter
 from bd3lm_scale.diffusion.samplers.first_hitting import first_hitting
 from bd3lm_scale.diffusion.samplers.mdlm import WindowDenoiser, window_plan
 from bd3lm_scale.diffusion.samplers.parallel import Parallel
-from bd3lm_scale.diffusion.samplers.request import SampleRequest, position_uniforms
+from bd3lm_scale.diffusion.samplers.request import FilledBlock, SampleRequest, position_uniforms
 from bd3lm_scale.diffusion.samplers.reveal import reveal_steps
 from bd3lm_scale.diffusion.samplers.simplex import SimplexDiffusion
 from bd3lm_scale.diffusion.samplers.stopping import StopRule, unigram_entropy
@@ -143,6 +143,44 @@ def test_end_of_text_ends_a_sample_just_after_its_first_one_behind_the_prompt():
     assert rule.check(tokens, prompt_length=1, num_checked=5) == ("eos", 6)
     assert rule.check(tokens[:4], prompt_length=3, num_checked=0) is None
     assert StopRule().check(tokens, 0, 0) is None
+
+
+@pytest.mark.parametrize("name", ["first_hitting", "mdlm", "ar"])
+@pytest.mark.parametrize("length", [10, 11, 12])
+def test_what_lies_behind_the_length_is_not_part_of_a_sample(name, length):
+    """Blocks are rounded up: an end of text in the tail neither ends the sample nor lengthens it."""
+    text = [0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0]
+    runs = {  # whole blocks that cover the length, the last one ending in id 2 wherever it is beyond the length
+        "first_hitting": lambda r, write: sample_blocks(ToyBlocks(3), write, r, BlockPlan(3, 3)),
+        "mdlm": lambda r, write: sample_blocks(WindowDenoiser(ToyAnyLength(), 8), write, r, window_plan(r.length, 8)),
+        "ar": lambda r, _: sample_next_tokens(Fixed(text), r),
+    }
+    places = []
+
+    def write(_, task):
+        start = len(places)
+        places.extend(range(start, start + task.tokens_BS.shape[1]))
+        block = [text[p] if p < length else 2 for p in places[start:]]
+        return FilledBlock(torch.tensor([block]), np.array([1]), 1)
+
+    result = runs[name](request(((),) if name != "ar" else ((0,),), length=length, stop=StopRule(2, 0.1)), write)
+    assert result.tokens == (tuple(text[:length]),)
+    assert result.finish == ("length",)
+    if name == "first_hitting":
+        assert len(places) == 12
+
+
+class Fixed(ToyNext):
+    """A model that is certain of one text, and of the end of text behind it."""
+
+    def __init__(self, text):
+        self.text, self.done = [*text, *[2] * 12], 0
+
+    def feed(self, tokens_BT):
+        self.done += tokens_BT.shape[1]
+        logits = torch.full((len(tokens_BT), VOCAB), -math.inf)
+        logits[:, self.text[self.done]] = 0.0
+        return logits
 
 
 def test_low_entropy_of_the_last_256_tokens_ends_a_sample_and_is_cut_off():

@@ -1,0 +1,8 @@
+"""The list: faults in the objective, the sampling order, the optimizer, the checkpoints, the model and the step."""
+
+from mutation.diffusion import DIFFUSION
+from mutation.mutant import Mutant
+from mutation.state import STATE
+from mutation.training import TRAINING
+
+MUTANTS: tuple[Mutant, ...] = DIFFUSION + STATE + TRAINING
