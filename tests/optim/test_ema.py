@@ -15,12 +15,12 @@ def test_the_decay_warms_up_and_stops_at_its_limit():
 def train(decays, discarded=()):
     """(parameter after each step, average after each step, the optimizer, its partition)."""
     partition = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    adam = AdamWithEma([partition], lr=0.1)
+    adam = AdamWithEma([partition], lr=0.1, fused=True)
     adam.prepare(partition)
     values, averages = [partition.detach().clone()], [adam.state[partition]["ema"].clone()]
     for step, decay in enumerate(decays):
         partition.grad = torch.tensor([1.0, -0.5]) * (1 + step)
-        adam.ema_decay, adam.discards = decay, step in discarded
+        adam.ema_decay, adam.discard = decay, lambda step=step: torch.tensor(step in discarded)
         adam.step()
         values.append(partition.detach().clone())
         averages.append(adam.state[partition]["ema"].clone())

@@ -7,7 +7,7 @@ from bd3lm_scale.config.load import load_config
 from bd3lm_scale.engine import build_engine
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.training.step import train_step
+from bd3lm_scale.training.step import FULL_RANGE, noise_step, train_step
 from bd3lm_scale.values import Rows
 
 TINY = [
@@ -35,7 +35,8 @@ def test_bf16_gradients_are_accumulated_and_reduced_in_fp32(stage):
     rows = [Rows(text[i : i + 2], torch.arange(i, i + 2), torch.ones(2, dtype=torch.bool)) for i in (0, 2, 4)]
     for step in range(3):  # the weights that start at zero let no gradient through before they have moved
         totals.clear()
-        train_step(engine, config, step, rows, (0.0, 1.0), AnomalyPolicy(config.runtime))
+        noised = noise_step(engine, config, step, rows, FULL_RANGE)
+        train_step(engine, config, step, noised, AnomalyPolicy(config.runtime))
     found = {s.name: s.tensors["exp_avg"] for s in engine.optimizer.slices()}
     assert set(found) == set(totals)
     for name, total in totals.items():

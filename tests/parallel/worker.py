@@ -166,7 +166,8 @@ def record_gradients(overrides: list[str], output: Path, world_size: int) -> Non
     for step in range(BAD_STEP + 1):
         for kept in seen.values():
             kept.clear()
-        train_step(engine, config, step, batches_of(config, mesh, step), (0.0, 1.0), policy)
+        noised = noise_step(engine, config, step, batches_of(config, mesh, step), (0.0, 1.0))
+        train_step(engine, config, step, noised, policy)
     arrays = {f"{name}/in": np.stack(gradients) for name, gradients in seen.items()}
     for s in engine.optimizer.slices():
         arrays[f"{s.name}/out/{s.start}"] = s.tensors["exp_avg"].numpy()

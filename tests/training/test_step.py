@@ -1,7 +1,6 @@
 """One process, one optimizer step after another: the loss falls, and what a step draws is keyed by the step."""
 
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from bd3lm_scale.config.load import load_config
 from bd3lm_scale.engine import build_engine
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
-from bd3lm_scale.training import step as training_step
-from bd3lm_scale.values import Rows
+from bd3lm_scale.training.step import noise_step, train_step
+from bd3lm_scale.values import Interval, Rows
 
 VOCAB, LENGTH, ROWS = 50, 16, 4
 TINY = [
@@ -33,17 +32,12 @@ def steps():
             Rows(text[i : i + 2], torch.arange(i, i + 2), torch.ones(2, dtype=torch.bool)) for i in range(0, ROWS, 2)
         ]
         policy, reports, keys = AnomalyPolicy(config.runtime), [], []
-        run_pass = training_step.run_pass
-
-        def recorded(*args, dropout_keys, **kwargs):
-            keys.append(dropout_keys)
-            return run_pass(*args, dropout_keys=dropout_keys, **kwargs)
-
-        with mock.patch.object(training_step, "run_pass", recorded):
-            for number in numbers:
-                report, verdict = training_step.train_step(engine, config, number, rows, (0.5, 1.0), policy)
-                assert verdict == "ok"
-                reports.append(report)
+        for number in numbers:
+            noised = noise_step(engine, config, number, rows, Interval(0.5, 1.0))
+            keys.append([None if b.dropout_key is None else int(b.dropout_key) for b in noised.micro_batches])
+            outcome = train_step(engine, config, number, noised, policy)
+            assert outcome.verdict == "ok"
+            reports.append(outcome.report)
         shutdown()
         return reports, keys
 
@@ -74,6 +68,6 @@ def test_every_step_and_micro_batch_has_its_own_noise_and_dropout(steps):
     assert len({key for step_keys in keys for key in step_keys}) == 6
     assert len({report.stream_hash for report in [*first, *other]}) == 4
     without, none = steps([0, 1, 2], "model.dropout=0.0")
-    assert none == [None] * 3
+    assert none == [[None, None]] * 3
     assert [report.stream_hash for report in without] == [report.stream_hash for report in first]
     assert without[2].loss != first[2].loss  # the gates start at zero, so the first steps drop nothing

@@ -45,9 +45,10 @@ STATE = (
     *mutants_of(
         "bd3lm_scale/optim/ema.py",
         ("tests/optim/test_ema.py",),
-        ("the average at the wrong end", "lerp_(partition, 1 - self.ema_decay)", "lerp_(partition, self.ema_decay)"),
+        ("the average at the wrong end", "weight: Tensor | float = 1 - self.ema_decay", "weight: Tensor | float = self.ema_decay"),
         ("the decay without its warm-up", "min(decay, (1 + updates) / (10 + updates))", "decay"),
-        ("a discarded step is taken", "        if self.discards:\n            return", "        if False:\n            return"),
+        ("a discarded step is taken", "self.found_inf = dropped.float()", "self.found_inf = dropped.float() * 0"),
+        ("a discarded step is averaged in", "weight = torch.where(dropped, 0.0, weight)", "pass"),
     ),
     *mutants_of(
         "bd3lm_scale/optim/zero.py",

@@ -74,15 +74,15 @@ TRAINING = (
         (f"{_STEP}test_every_step_and_micro_batch_has_its_own_noise_and_dropout",),
         ("dropout keyed without the step", '"dropout", step, int(n.position_B[0]))', '"dropout", int(n.position_B[0]))'),
         ("dropout alike in all micro-batches", '"dropout", step, int(n.position_B[0]))', '"dropout", step)'),
-        ("the same noise at every step", "            step=step,\n            global", "            step=0,\n            global"),
+        ("the same noise at every step", "seed=config.seed, step=step, global", "seed=config.seed, step=0, global"),
         (
             "the loss not divided by the tokens",
-            'faults.point("loss", step) else total / tokens', 'faults.point("loss", step) else total',
+            "        loss=loss_sum / tokens,", "        loss=loss_sum,",
             f"{_STEP}test_the_loss_starts_at_ln_of_the_ids_and_falls",
         ),
         (
             "gradients of the wrong sign",
-            "scale = len(noisy) *", "scale = -len(noisy) *",
+            "scale = len(noised.micro_batches) *", "scale = -len(noised.micro_batches) *",
             f"{_STEP}test_the_loss_starts_at_ln_of_the_ids_and_falls",
         ),
         (
@@ -100,7 +100,7 @@ TRAINING = (
     *mutants_of(
         "bd3lm_scale/runtime/anomaly.py",
         (f"{_ANOMALY}test_spikes_are_judged_against_the_median_of_good_steps",),
-        ("spikes judged from the first step", "len(self._losses) >= MIN_STEPS_FOR_MEDIAN", "self._losses"),
+        ("spikes judged from the first step", "len(self._losses) < MIN_STEPS_FOR_MEDIAN", "not self._losses"),
         (
             "scattered skips add up",
             "            self._skips_in_a_row = 0\n", "",
