@@ -19,7 +19,7 @@ from transformers import MaxTimeCriteria, StoppingCriteriaList, StopStringCriter
 
 from .inputs_bd3lm import Alignment, checked_ids
 from .likelihood_bd3lm import TIME_EPSILON, evaluating, sigma_of
-from .progress_bd3lm import GenerateOutput, Generation, Region
+from .progress_bd3lm import GenerateOutput, GenerationState, Region
 from .settings_bd3lm import Settings, settings_of
 
 __all__ = ["BlockGeneration", "Draws", "GenerateOutput", "Settings"]
@@ -137,7 +137,7 @@ class BlockGeneration:
         criteria = self._criteria(stopping_criteria, settings)
         with evaluating(self):
             given_BN, rows = self._prompts(input_ids, attention_mask, settings, device)
-            progress = Generation(given_BN, rows, settings, self.config, criteria, streamer)
+            progress = GenerationState(given_BN, rows, settings, self.config, criteria, streamer)
             write = self._next_tokens if self.config.objective == "ar" else self._regions
             write(progress, settings, draws)
         return progress.output()

@@ -35,7 +35,7 @@ class Region:
     window_start: int
 
 
-class Generation:
+class GenerationState:
     """The rows of one `generate` call: what was given, what is open, where each one ends.
 
     Args:
