@@ -15,6 +15,7 @@ import torch
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.config.load import to_dict, to_yaml
+from bd3lm_scale.config.resume import decay_news, keep_decay_steps
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import RowStream
@@ -246,7 +247,7 @@ def open_session(
     session = build_session(config, mesh, stream, agreement, lock)
     try:
         initialize(session, fresh, step)
-        agreement.run_on_all_ranks(lambda: write_run_folder(config, stream) if mesh.is_main_rank else None)
+        agreement.run_on_all_ranks(lambda: write_run_folder(session.config, stream) if mesh.is_main_rank else None)
     except BaseException:
         session.close()  # its data workers would outlive it
         raise
@@ -272,10 +273,20 @@ def initialize(session: Session, fresh: bool = False, step: int | None = None) -
     config, reader = session.config, session.store.newest(step)
     if reader is not None:
         session.agreement.run_on_all_ranks(lambda: refuse_differences(reader, config, session.stream, fresh))
+    fix_decay(session, None if reader is None else reader.meta["config"])
+    if reader is not None:
         resume(session, reader)
     elif config.train.init_from:
         start_from(session, config.train.init_from, config.train.init_weights)
     session.store.prepare(session.optimizer.slices())
+
+
+def fix_decay(session: Session, saved: dict[str, Any] | None) -> None:
+    """Settle where the learning rate's cosine ends, from the configuration of the checkpoint that is resumed."""
+    session.config = keep_decay_steps(session.config, saved)
+    if session.engine.mesh.is_main_rank:
+        for line in decay_news(session.config, saved):
+            log.info(line)
 
 
 def resume(session: Session, reader: CheckpointReader) -> None:
