@@ -17,6 +17,7 @@ from bd3lm_scale.config.environment import number_from_environment
 from bd3lm_scale.config.schema import ParallelConfig
 from bd3lm_scale.errors import ConfigError
 from bd3lm_scale.parallel import cpu_shim
+from bd3lm_scale.parallel.groups import connect_when_needed, few_groups, raise_descriptor_limit
 
 
 @dataclass(frozen=True)
@@ -137,15 +138,17 @@ def init_mesh(parallel: ParallelConfig, device: str = "auto", timeout_seconds: f
         os.environ["DS_ACCELERATOR"] = "cpu"
         cpu_shim.install()
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        connect_when_needed()
+        raise_descriptor_limit()
+        # NCCL alone on GPUs: with both, every group of Megatron's would have a gloo twin; host groups name gloo
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
         store = dist.HashStore() if launch.world_size == 1 else None
         dist.init_process_group(
             backend,
             timeout=datetime.timedelta(seconds=timeout_seconds),
             rank=launch.rank,
             world_size=launch.world_size,
-            store=store,
-            device_id=chosen if chosen.type == "cuda" else None,
+            store=store,  # no device_id: it would connect NCCL for every group, also those that are never used
         )
     return _init_groups(parallel, launch, chosen, timeout_seconds)
 
@@ -154,12 +157,14 @@ def _init_groups(parallel: ParallelConfig, launch: Launch, device: torch.device,
     from megatron.core import parallel_state, tensor_parallel
 
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(
-            parallel.tensor_parallel_size,
-            parallel.pipeline_parallel_size,
-            parallel.interleaved_chunks,
-            distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
-        )
+        with few_groups():
+            parallel_state.initialize_model_parallel(
+                parallel.tensor_parallel_size,
+                parallel.pipeline_parallel_size,
+                parallel.interleaved_chunks,
+                distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+                create_gloo_process_groups=False,
+            )
         if device.type == "cuda":
             tensor_parallel.model_parallel_cuda_manual_seed(1)
         else:
