@@ -117,7 +117,7 @@ class Denoiser(MegatronModule):
         hidden, conditioning = self._enter(input_BP, sigma_B)
         position = torch.arange(length, device=input_BP.device)
         if self.config.sequence_length == 2 * length:
-            position = torch.cat([position, position])  # both halves stand at the same places
+            position = torch.cat([position, position])  # both halves have the same positions
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -129,8 +129,8 @@ class Denoiser(MegatronModule):
             return self._leave(hidden, conditioning)
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        row, place = index_R // length, index_R % length
-        rows_RD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, place * batch + row)
+        row, token = index_R // length, index_R % length
+        rows_RD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, token * batch + row)
         rows_RC = None if conditioning is None else conditioning.index_select(0, row)
         return self.head(rows_RD, rows_RC, target_R, self.tied_weight())
 
