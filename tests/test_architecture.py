@@ -30,7 +30,7 @@ DOORS = {
     "megatron": {"model", "parallel"},
     "deepspeed": {"optim"},
     "webdataset": {"data"},
-    "sentencepiece": {"data"},
+    "sentencepiece": {"data", "checkpoint/hf"},
     "tokenizers": {"data"},
     "transformers": {"checkpoint/hf", "evaluation"},
 }

@@ -70,6 +70,8 @@ def test_dry_run_refuses_with_the_reasons_alone(tmp_path):
         (("owt_110m_sedd",), 262),
         (("owt_1b_tp2_pp2",), 262),
         (("owt_7b_tp4_pp4",), 262),
+        (("decoder_135m_block16",), 262),
+        (("decoder_1b_tp2_pp2",), 262),
         (("lm1b_110m_pretrain", "lm1b_110m_block4"), 65),
         (("lm1b_110m_pretrain", "lm1b_110m_block16"), 65),
         (("lm1b_110m_ar",), 65),
@@ -106,3 +108,14 @@ def test_the_papers_runs_have_the_papers_hyper_parameters(path):
 def test_large_configs_have_the_size_in_their_name():
     assert 1.0e9 < count(config_of("owt_1b_tp2_pp2"), GPT2_VOCAB, with_embeddings=False) < 1.1e9
     assert 6.5e9 < count(config_of("owt_7b_tp4_pp4"), GPT2_VOCAB) < 7.5e9
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("decoder_135m_block16", (30, 576, 9, 3, 64, 1536)), ("decoder_1b_tp2_pp2", (16, 2048, 32, 8, 64, 8192))],
+)
+def test_decoders_have_exactly_the_parameters_of_their_shapes(name, sizes):
+    """Queries, keys, values and what joins the heads; gate, value and what joins them; norms; one tied embedding."""
+    layers, width, heads, groups, head, inner = sizes
+    layer = width * head * (2 * heads + 2 * groups) + 3 * width * inner + 2 * width + 2 * head
+    assert count(config_of(name), GPT2_VOCAB) == layers * layer + width + GPT2_VOCAB * width

@@ -21,6 +21,7 @@ from bd3lm_scale.values import NoisyRows
 from tests.diffusion.heads import head_of
 from tests.plain_dit import PlainDiT, random_parameters
 
+ROOT = Path(__file__).parents[1]
 VOCAB, MASK, LENGTH, HEADS = 30, 29, 16, 4
 TINY = [
     f"data.context_length={LENGTH}", "data.path=unused", "model.hidden_size=32", f"model.num_heads={HEADS}",
@@ -36,8 +37,7 @@ def _leave_groups():
 
 def engine_with(weights: dict[str, Tensor], *overrides: str) -> tuple[Engine, Architecture]:
     """The real model holding the plain model's weights."""
-    root = Path(__file__).parents[1]
-    config = load_config(root / "configs" / "demo.yaml", [*TINY, *overrides])
+    config = load_config(ROOT / "configs" / "demo.yaml", [*TINY, *overrides])
     arch = Architecture.of(config, VOCAB)
     engine = build_engine(config, init_mesh(config.parallel, "cpu", 60), VOCAB, MASK, for_training=False)
     ours = {e.ours: to_ours(e, weights[e.published].detach().float(), arch) for e in table(arch)}

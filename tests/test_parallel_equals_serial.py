@@ -17,6 +17,7 @@ import torch
 
 from bd3lm_scale.checkpoint.reader import find_checkpoint, open_checkpoint
 from tests.training_runs import free_port
+from tests.variants import overrides
 
 WORKER = Path(__file__).parent / "parallel" / "worker.py"
 TP2, TP4 = "parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size=4"
@@ -26,6 +27,7 @@ Z2, Z3, BF16 = "optim.zero_stage=2", "optim.zero_stage=3", "precision=bf16"
 TIED, FULL = "model.tie_embeddings=true", "parallel.recompute=full"
 AR, MDLM, SEDD = ([f"diffusion.objective={name}"] for name in ("ar", "mdlm", "sedd"))
 ALL_PARTS, DROPOUT, FAR_CLIP = "partition=all", "model.dropout=0.2", "optim.grad_clip=1e9"
+DECODER, MIXED = overrides("decoder"), overrides("mixed")
 NAN, SPIKE, ABSENT = "harm=nan", "harm=spike", "harm=absent"
 LR, WEIGHT_TOLERANCE = 0.003, 0.003 * 5 * 1e-2
 
@@ -43,6 +45,10 @@ CASES = {
         "bf16_unclipped": ("bf16_unclipped", [BF16, FAR_CLIP]),
         "zero2_bf16": ("bf16_unclipped", [BF16, Z2, FAR_CLIP]),
         "zero3_bf16": ("bf16_unclipped", [BF16, Z3, FAR_CLIP]),
+        "decoder": ("decoder", DECODER),
+        "decoder_bf16": ("decoder_bf16", [*DECODER, BF16]),
+        "mixed": ("mixed", MIXED),
+        "mixed_recompute": ("mixed", [*MIXED, FULL]),
         "clipped": ("clipped", ["optim.grad_clip=0.05"]),
         "one_micro_batch": ("plain", ["train.micro_batch_size=8"]),
         "one_row_micro_batches": ("plain", ["train.micro_batch_size=1"]),
@@ -70,6 +76,12 @@ CASES = {
         "tp2_single": ("single", [TP2, "diffusion.block_size=1"]),
         "pp2_whole": ("whole", [PP2, "diffusion.block_size=32"]),
         "pp2_ar": ("ar", [PP2, *AR]),
+        "tp2_decoder": ("decoder", [*DECODER, TP2]),
+        "tp2_sp_mixed": ("mixed", [*MIXED, TP2, SP]),  # one head of keys and values for two ranks
+        "pp2_vpp2_decoder": ("decoder", [*DECODER, PP2, VPP2]),
+        "dp2_zero3_decoder": ("decoder", [*DECODER, Z3, ALL_PARTS]),
+        "tp2_decoder_bf16": ("decoder_bf16", [*DECODER, TP2, BF16]),
+        "broken_shares": ("broken", [*DECODER, TP2, "sabotage=no hook"]),
         "tp2_sp_sedd": ("sedd", [TP2, SP, *SEDD]),
         "pp2_sedd": ("sedd", [PP2, *SEDD]),
         "tp2_bf16": ("bf16", [TP2, BF16]),
@@ -113,6 +125,11 @@ CASES = {
         "tp2_pp2_sp_tied": ("tied", [TP2, PP2, SP, TIED]),
         "tp2_pp2_bf16": ("bf16", [TP2, PP2, BF16]),
         "tp2_pp2_mdlm": ("mdlm", [TP2, PP2, *MDLM]),
+        "tp4_decoder": ("decoder", [*DECODER, TP4]),  # two heads of keys and values for four ranks
+        "tp2_pp2_sp_decoder_recompute": ("decoder", [*DECODER, TP2, PP2, SP, FULL]),
+        "tp4_sp_mixed": ("mixed", [*MIXED, TP4, SP]),
+        "tp2_dp2_zero2_mixed": ("mixed", [*MIXED, TP2, Z2]),
+        "tp2_dp2_zero3_sp_mixed": ("mixed", [*MIXED, TP2, SP, Z3]),
         "pp2_dp2_clipped": ("clipped", [PP2, "optim.grad_clip=0.05"]),
     },
 }  # fmt: skip
@@ -266,9 +283,12 @@ def largest_difference(ours, theirs) -> float:
     return max((ours.read(name) - theirs.read(name)).abs().max().item() for name in theirs.names())
 
 
-@pytest.mark.parametrize(("name", "twin"), [("broken_mpu", "plain"), ("broken_hook", "plain"), ("broken_tie", "tied")])
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [("broken_mpu", "plain"), ("broken_hook", "plain"), ("broken_tie", "tied"), ("broken_shares", "decoder")],
+)
 def test_a_layout_with_a_piece_missing_is_noticed(results, name, twin):
-    """Forgotten mpu adapter, skipped sequence-parallel hook, unsummed tied gradients: none goes unseen."""
+    """Forgotten mpu adapter, unsummed shares of a gradient (positions, heads), unsummed tied gradients: none unseen."""
     here, serial = results[name], results[twin]
     same = [
         a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)

@@ -3,6 +3,7 @@
 
     python tools/compare_objectives.py                       the demo corpus
     python tools/compare_objectives.py --text FILE...        any text
+    python tools/compare_objectives.py --seeds 4             which noise: every interval, resample and stratified counts
 
 AR, blocks of 1, 4 and 16 tokens, MDLM and SEDD, with and without the clipped schedule, one after another on the CPU.
 Interrupted, the same command goes on where it was; finished, it only writes the report again.
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compare import noises
 from compare import report as compare_report
 from tqdm import tqdm
 
@@ -82,8 +84,10 @@ def cases() -> list[Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     output = Path(args.output)
+    if args.seeds:
+        return _compare_noises(args, output)
     chosen = [case for case in cases() if not args.only or case.name in args.only]
     try:
         _remember(output, _settings(args))
@@ -99,6 +103,28 @@ def main(argv: list[str] | None = None) -> int:
     compare_report.write(output, [asdict(case) for case in chosen], _settings(args), report)
     print(f"{report} and the plots beside it are written")
     return 0
+
+
+def _compare_noises(args: argparse.Namespace, output: Path) -> int:
+    """The comparison of noises over paired seeds, in a section of its own."""
+    output, report = output / "noises", Path(args.report)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        data = Path(args.data) if args.data else _prepare(args, output)
+        figures = noises.run_all(args, data, output, report.with_suffix("") / "noises.json", _call)
+    except (ValueError, OSError) as problem:
+        print(f"compare_objectives: {problem}", file=sys.stderr)
+        return 1
+    noises.insert(report, noises.section(figures))
+    print(f"the section on noises in {report} is written")
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    if parser.parse_args(argv).seeds:
+        parser.set_defaults(**noises.DEFAULTS)
+    return parser.parse_args(argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rows", type=int, default=384, help="validation rows that are scored at the end")
     parser.add_argument("--noise-draws", type=int, default=12, help="draws per gradient probe")
+    parser.add_argument(
+        "--seeds", type=int, default=0, help="compare noises over so many paired seeds instead (smaller runs)"
+    )
+    parser.add_argument("--noises", nargs="+", choices=list(noises.NOISES), help="with --seeds: just these")
     parser.add_argument("--only", nargs="+", choices=[case.name for case in cases()], help="just these runs")
     return parser
 

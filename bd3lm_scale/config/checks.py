@@ -5,7 +5,7 @@ Every problem is one line `field (value): reason; use remedy`; layouts that cann
 
 import math
 
-from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.config.schema import ModelConfig, RunConfig
 from bd3lm_scale.errors import ConfigError
 from bd3lm_scale.model.parameters import VOCAB_MULTIPLE, padded_vocab_size
 
@@ -90,6 +90,13 @@ def _diffusion(config: RunConfig) -> list[str]:
     found += _clip_interval(config)
     if objective == "sedd" and diffusion.time_conditioning is False:
         found.append("diffusion.time_conditioning (false): score entropy needs the noise level; use null or true")
+    if objective == "sedd" and not config.model.adaln:
+        found.append("model.adaln (false): score entropy feeds the noise level through adaptive norms; use true")
+    elif diffusion.time_conditioning and not config.model.adaln:
+        found.append(
+            "diffusion.time_conditioning (true): reaches the network through model.adaln, which is false; "
+            "use null or false"
+        )
     if objective == "ar" and diffusion.time_conditioning:
         found.append("diffusion.time_conditioning (true): ar has no noise level; use null or false")
     found += _mask_counts(config)
@@ -111,16 +118,18 @@ def _mask_counts(config: RunConfig) -> list[str]:
         if diffusion.resample:
             found.append(f"{name}: leaves diffusion.resample nothing to redraw; use diffusion.resample=false")
         return found
-    if not diffusion.resample:
+    redraws = diffusion.objective == "bd3lm" and size > 1 if diffusion.resample is None else diffusion.resample
+    if not redraws:
         return found
     if diffusion.objective == "ar":
         return ["diffusion.resample (true): redraws masks, and ar has none; use false"]
+    name = f"diffusion.resample ({'null' if diffusion.resample is None else 'true'})"
     low, high = diffusion.clip_low, diffusion.clip_high
     least = low if low > diffusion.time_epsilon else 0.0
     # under other schedules the shares lie between the mask rates at these times; the first step checks those
     if diffusion.schedule == "loglinear" and not any(least <= k / size <= high for k in range(1, size + 1)):
         found.append(
-            f"diffusion.resample (true): no number of masked tokens above 0 in a block of {size} gives a share in "
+            f"{name}: no number of masked tokens above 0 in a block of {size} gives a share in "
             f"[{low}, {high}]; use resample=false or another clip interval"
         )
     return found
@@ -147,18 +156,34 @@ def _clip_interval(config: RunConfig) -> list[str]:
 def _model(config: RunConfig) -> list[str]:
     model, found = config.model, []
     width, heads = model.hidden_size, model.num_heads
-    if width % heads:
+    head = model.head_dim or width // heads
+    if model.head_dim is None and width % heads:
         nearest = _nearest(heads, _divisors(width))
-        found.append(f"model.num_heads ({heads}): does not divide model.hidden_size {width}; use {nearest}")
-    elif width // heads % 2:
         found.append(
-            f"model.num_heads ({heads}): rotary positions need an even head width, not {width // heads}; "
+            f"model.num_heads ({heads}): does not divide model.hidden_size {width}; "
+            f"use {nearest}, or set model.head_dim"
+        )
+    elif head % 2 and model.head_dim is None:
+        found.append(
+            f"model.num_heads ({heads}): rotary positions need an even head width, not {head}; "
             f"use a hidden_size that is a multiple of {2 * heads}"
         )
-    elif model.attention == "flex" and width // heads < MIN_FLEX_WIDTH:
+    elif head % 2:
+        found.append(f"model.head_dim ({head}): rotary positions need an even head width; use {head + 1}")
+    elif model.attention == "flex" and head < MIN_FLEX_WIDTH:
         found.append(
-            f"model.attention (flex): needs heads at least {MIN_FLEX_WIDTH} wide, not {width // heads}; "
+            f"model.attention (flex): needs heads at least {MIN_FLEX_WIDTH} wide, not {head}; "
             "use auto or chunked, or fewer heads"
+        )
+    if model.num_kv_heads is not None and heads % model.num_kv_heads:
+        nearest = _nearest(model.num_kv_heads, _divisors(heads))
+        found.append(
+            f"model.num_kv_heads ({model.num_kv_heads}): does not divide model.num_heads {heads}; use {nearest}"
+        )
+    if model.rope_scaling == "llama3" and model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        found.append(
+            f"model.rope_high_freq_factor ({model.rope_high_freq_factor}): not above model.rope_low_freq_factor "
+            f"{model.rope_low_freq_factor}; use for example {4 * model.rope_low_freq_factor}"
         )
     on_cpu = config.runtime.device == "cpu"
     if model.attention == "flex" and on_cpu:
@@ -168,17 +193,44 @@ def _model(config: RunConfig) -> list[str]:
     return found
 
 
+def _must_divide(model: ModelConfig) -> dict[str, int]:
+    """What tensor parallelism cuts: its size has to divide every one of these."""
+    vocab = VOCAB_MULTIPLE if model.vocab_size is None else padded_vocab_size(model.vocab_size)
+    inner = {"model.hidden_size": model.hidden_size} if model.ffn_hidden_size is None else {}
+    if model.ffn_hidden_size is not None:
+        inner = {"model.ffn_hidden_size": model.ffn_hidden_size}
+    vocabulary = "the padded vocabulary" if model.vocab_size else "the vocabulary's padding"
+    return {"model.num_heads": model.num_heads, **inner, vocabulary: vocab}
+
+
+def _cuts_groups(model: ModelConfig, size: int) -> bool:
+    """Whether so many ranks can hold whole groups of heads each, or share one group's rows evenly."""
+    groups = model.num_kv_heads or model.num_heads
+    if groups % size == 0:
+        return True
+    rows = (model.num_heads + 2 * groups) * (model.head_dim or model.hidden_size // model.num_heads)
+    return size % groups == 0 and rows % size == 0
+
+
+def _tensor_sizes(model: ModelConfig) -> list[int]:
+    """Every tensor-parallel size this network can be cut into."""
+    return [size for size in _divisors(math.gcd(*_must_divide(model).values())) if _cuts_groups(model, size)]
+
+
 def _tensor_parallel(config: RunConfig) -> list[str]:
     parallel, model, found = config.parallel, config.model, []
     size = parallel.tensor_parallel_size
-    vocab = VOCAB_MULTIPLE if model.vocab_size is None else padded_vocab_size(model.vocab_size)
-    must_divide = {"model.num_heads": model.num_heads, "model.hidden_size": model.hidden_size}
-    must_divide["the padded vocabulary" if model.vocab_size else "the vocabulary's padding"] = vocab
-    indivisible = [f"{what} {number}" for what, number in must_divide.items() if number % size]
+    indivisible = [f"{what} {number}" for what, number in _must_divide(model).items() if number % size]
     if indivisible:
-        nearest = _nearest(size, _divisors(math.gcd(*must_divide.values())))
         found.append(
-            f"parallel.tensor_parallel_size ({size}): does not divide {' and '.join(indivisible)}; use {nearest}"
+            f"parallel.tensor_parallel_size ({size}): does not divide {' and '.join(indivisible)}; "
+            f"use {_nearest(size, _tensor_sizes(model))}"
+        )
+    elif not _cuts_groups(model, size):
+        legal = ", ".join(map(str, _tensor_sizes(model)))
+        found.append(
+            f"parallel.tensor_parallel_size ({size}): cannot share model.num_kv_heads "
+            f"{model.num_kv_heads or model.num_heads} heads of keys and values; use one of {legal}"
         )
     if parallel.sequence_parallel and size == 1:
         found.append(
@@ -321,10 +373,9 @@ def _nearest_layout(config: RunConfig, world_size: int) -> tuple[int, int]:
     """(TP, PP) closest to the wanted one, in ratio, that this model and number of processes allow."""
     model, parallel = config.model, config.parallel
     chunks = parallel.virtual_pipeline_parallel_size or 1
-    tensor_sizes = _divisors(math.gcd(math.gcd(model.num_heads, model.hidden_size), VOCAB_MULTIPLE))
     legal = [
         (tensor, stages)
-        for tensor in tensor_sizes
+        for tensor in _tensor_sizes(model)
         for stages in _divisors(model.num_layers)
         if max(world_size, 1) % (tensor * stages) == 0 and model.num_layers % (stages * chunks) == 0
         and not (stages > 1 and config.optim.zero_stage == 3)

@@ -134,8 +134,9 @@ class DiffusionConfig:
     """Feed the noise level to adaLN; default: true for sedd, false otherwise."""
     ignore_bos: Flag = True
     """Keep each row's first token clean and leave it out of evaluation (always false for ar)."""
-    resample: Flag = False
-    """Redraw blocks whose masked share leaves the clip interval (the reference's trick; docs/method.md)."""
+    resample: Flag | None = False
+    """Redraw blocks whose masked share leaves the clip interval, as the published recipe does (docs/method.md); null:
+    where blocks of bd3lm have more than one token and mask_counts is binomial."""
     mask_counts: Literal["binomial", "stratified"] = "binomial"
     """binomial: each token by itself at the mask rate; stratified: the number of masked tokens first, all equally often
     over the global batch, then their places (docs/method.md)."""
@@ -146,7 +147,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, config=_SECTION)
 class ModelConfig:
-    """The paper's DiT."""
+    """The network; its defaults are the paper's DiT."""
 
     num_layers: Annotated[Whole, Field(ge=1, le=10_000)] = 12
     hidden_size: Width = 768
@@ -155,6 +156,36 @@ class ModelConfig:
     mlp_ratio: Annotated[Whole, Field(ge=1, le=1_000)] = 4
     dropout: Decay = 0.1
     tie_embeddings: Flag = False
+    adaln: Flag = True
+    """Adaptive layer norm driven by the time embedding (ar never has it)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Before attention, MLP and head; in fp32, with a weight and no bias."""
+    norm_eps: Positive = 1e-5
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """SwiGLU multiplies by a gate of the same width."""
+    ffn_hidden_size: Width | None = None
+    """Inner width of the MLP; default: mlp_ratio * hidden_size."""
+    num_kv_heads: Width | None = None
+    """Heads of keys and values, shared by groups of query heads; default: num_heads."""
+    head_dim: Width | None = None
+    """Width of a head; default: hidden_size / num_heads."""
+    qk_norm: Flag = False
+    """Norm of every head's queries and keys, before they are rotated."""
+    qkv_bias: Flag = False
+    mlp_bias: Flag = True
+    head_bias: Flag = True
+    """Of the output projection onto the vocabulary."""
+    rope_theta: Positive = 10000.0
+    rope_scaling: Literal["none", "llama3", "linear"] = "none"
+    """How rotary frequencies are slowed down for contexts longer than the original one."""
+    rope_factor: Annotated[Number, Field(ge=1)] = 8.0
+    """How many times slower (linear: all frequencies, llama3: the slow ones)."""
+    rope_low_freq_factor: Positive = 1.0
+    """llama3: frequencies of fewer turns than this in the original context are slowed down fully."""
+    rope_high_freq_factor: Positive = 4.0
+    """llama3: frequencies of more turns than this stay."""
+    rope_original_context_length: PositiveWhole = 8192
+    """llama3: the context the frequencies were trained with."""
     vocab_size: Annotated[Whole, Field(ge=2, le=MOST)] | None = None
     """Ids including the mask; default: what the tokenizer beside the shards has."""
     attention: Literal["auto", "flex", "chunked", "dense"] = "auto"
@@ -357,7 +388,7 @@ class RunConfig:
     @property
     def uses_adaln(self) -> bool:
         """AR has no time embedding and no adaptive layer norm."""
-        return self.diffusion.objective != "ar"
+        return self.diffusion.objective != "ar" and self.model.adaln
 
     @property
     def time_conditioning(self) -> bool:

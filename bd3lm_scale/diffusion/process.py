@@ -75,6 +75,7 @@ def make_process(config: DiffusionConfig, context_length: int, vocab_size: int, 
             f"diffusion.block_size ({block_size}): must divide data.context_length ({context_length}); "
             "use a divisor of it"
         )
+    redraws = objective == "bd3lm" and block_size > 1 and config.mask_counts == "binomial"
     conditioned = objective == "sedd" if config.time_conditioning is None else config.time_conditioning
     return Process(
         objective=objective,
@@ -86,6 +87,6 @@ def make_process(config: DiffusionConfig, context_length: int, vocab_size: int, 
         ignore_bos=config.ignore_bos and objective != "ar",
         time_epsilon=config.time_epsilon,
         time_conditioning=conditioned and objective != "ar",
-        resample=config.resample,
+        resample=redraws if config.resample is None else config.resample,
         mask_counts=config.mask_counts,
     )

@@ -5,7 +5,8 @@ Three implementations of one rule (values.Visibility.may_see), equal up to round
     chunked  SDPA per run of whole blocks, each seeing only the key range it may see: for CPU
     flex     FlexAttention with a cached block mask, padded to tiles of 128: for CUDA
 
-Shapes: B rows, H heads, K head width, P positions, Q queries of a chunk, T new tokens in cached decoding.
+Shapes: B rows, H query heads, G heads of keys and values (H unless grouped), K head width, P positions, Q queries of a
+chunk, J keys, T new tokens in cached decoding.
 Megatron hands over tensors as (P, B, H, K).
 """
 
@@ -61,9 +62,9 @@ class AttentionPattern:
         if backend == "auto":
             backend = "flex" if query.is_cuda and query.shape[3] >= MIN_FLEX_WIDTH else "chunked"
         if self.is_full or (self.is_causal and num_queries == self.num_positions):
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=not self.is_full)
+            out = _attention(query, key, value, is_causal=not self.is_full)
         elif backend == "dense":
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.dense(query.device)[:num_queries])
+            out = _attention(query, key, value, attn_mask=self.dense(query.device)[:num_queries])
         elif backend == "flex":
             out = self._flex(query, key, value, num_queries)
         else:
@@ -90,7 +91,7 @@ class AttentionPattern:
                 keys = torch.cat([key[:, :, r] for r in ranges], dim=2)
                 values = torch.cat([value[:, :, r] for r in ranges], dim=2)
             queries = query[:, :, chunk.start : chunk.stop]
-            pieces.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=chunk.bias))
+            pieces.append(_attention(queries, keys, values, attn_mask=chunk.bias))
         return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
     def _chunks(self, device: torch.device, dtype: torch.dtype) -> list[Chunk]:
@@ -117,7 +118,8 @@ class AttentionPattern:
         block_mask = self._block_mask(query.device, padded_queries, padded_keys)
         query = F.pad(query, (0, 0, 0, padded_queries - num_queries))
         key, value = (F.pad(t, (0, 0, 0, padded_keys - self.num_positions)) for t in (key, value))
-        return _compiled_flex()(query, key, value, block_mask=block_mask)[:, :, :num_queries]
+        grouped = query.shape[1] != key.shape[1]
+        return _compiled_flex()(query, key, value, block_mask=block_mask, enable_gqa=grouped)[:, :, :num_queries]
 
     def _block_mask(self, device: torch.device, padded_queries: int, padded_keys: int) -> Any:
         cache_key = ("flex", device, padded_queries)
@@ -133,6 +135,12 @@ class AttentionPattern:
             # A query tile may stop short of the keys; padded query rows then stand for real positions, harmlessly.
             self._on_device[cache_key] = flex_block_mask(padded, padded_queries, _FLEX_TILE, device)
         return self._on_device[cache_key]
+
+
+def _attention(query_BHQK: Tensor, key_BGJK: Tensor, value_BGJK: Tensor, **options: Any) -> Tensor:
+    """SDPA; each head of keys and values serves a group of H / G query heads in turn."""
+    grouped = query_BHQK.shape[1] != key_BGJK.shape[1]
+    return F.scaled_dot_product_attention(query_BHQK, key_BGJK, value_BGJK, enable_gqa=grouped, **options)
 
 
 @lru_cache(maxsize=1)
@@ -227,7 +235,7 @@ class BlockAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """(P, B, H, K) each -> (queries, B, H * K)."""
+        """(P, B, H, K), (P, B, G, K) twice -> (queries, B, H * K)."""
         if self.cache is not None:
             return self._decode(self.cache, query, key, value)
         assert self.pattern is not None, "the denoiser sets the visibility before the first forward"
@@ -238,5 +246,5 @@ class BlockAttention(nn.Module):
         query_BHTK, key_BHTK, value_BHTK = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         keys, values, mask = cache.extend(key_BHTK.to(cache.key_BHTK.dtype), value_BHTK.to(cache.value_BHTK.dtype))
         keys, values = keys.to(query.dtype), values.to(query.dtype)
-        out = F.scaled_dot_product_attention(query_BHTK, keys, values, attn_mask=mask)
+        out = _attention(query_BHTK, keys, values, attn_mask=mask)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -26,7 +26,7 @@ from bd3lm_scale.model.attention import AttentionPattern
 from bd3lm_scale.model.embedding import TimeEmbedding, rotary_angles
 from bd3lm_scale.model.head import Head
 from bd3lm_scale.model.initialize import compare, initialize
-from bd3lm_scale.model.layer import dit_layer_spec
+from bd3lm_scale.model.layer import layer_spec
 from bd3lm_scale.model.parameters import Parameter, parameters
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 from bd3lm_scale.parallel import pipeline
@@ -77,7 +77,7 @@ class Denoiser(MegatronModule):
         num_layers = get_num_layers_to_build(config, virtual_stage, pipeline_rank)
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules(layer_specs=[dit_layer_spec()] * num_layers, layer_norm=None),
+            TransformerBlockSubmodules(layer_specs=[layer_spec(config.architecture)] * num_layers, layer_norm=None),
             pre_process=has_embedding,
             post_process=has_head,
             post_layer_norm=False,

@@ -6,55 +6,56 @@ so its modulation is a constant: scale and shift are folded into the layer norms
 all that follows them, only at the places that are asked for. For one tensor-parallel rank; the tests hold it to
 CachedDecoder's figures.
 
-Shapes: B rows, S tokens in a block, T tokens of a call, I scored places, D width, H heads, K head width, V ids.
+Shapes: B rows, S tokens in a block, T tokens of a call, I scored places, D width, H query heads, G heads of keys and
+values, K head width, V ids.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bd3lm_scale.model.denoiser import Denoiser
+from bd3lm_scale.model.denoiser import Denoiser, named_parameters
 from bd3lm_scale.model.embedding import rotary_angles
+from bd3lm_scale.model.functions import activate, normalize
 from bd3lm_scale.model.head import linear_fp32
+from bd3lm_scale.model.parameters import Architecture
 
-_EPS = 1e-5
 _PREFILL = 1024
 
 
 @dataclass(frozen=True)
-class _Norm:
-    """Layer norm and modulation in one: (x - mean) / std * weight + shift."""
+class _FoldedNorm:
+    """Norm and modulation in one: norm(x) * weight + shift."""
 
     weight: Tensor
     shift: Tensor | None
+    arch: Architecture
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.shift, _EPS).to(dtype)
+        return normalize(x.float(), self.weight, self.shift, self.arch).to(dtype)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's weights; gates are None without adaLN (1)."""
+    """One layer's weights; what a network does not have is None (a gate: 1)."""
 
-    norm_attention: _Norm
+    norm_attention: _FoldedNorm
     qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: _FoldedNorm | None
+    k_norm: _FoldedNorm | None
     projection: Tensor
     gate_attention: Tensor | None
-    norm_mlp: _Norm
+    norm_mlp: _FoldedNorm
     fc1: Tensor
-    fc1_bias: Tensor
+    fc1_bias: Tensor | None
     fc2: Tensor
-    fc2_bias: Tensor
+    fc2_bias: Tensor | None
     gate_mlp: Tensor | None
-
-
-def _norm(weight: Tensor, shift: Tensor | None, scale: Tensor | None) -> _Norm:
-    weight = weight.detach().float()
-    return _Norm(weight, None) if shift is None or scale is None else _Norm(weight * (1 + scale), shift)
 
 
 def _add(x: Tensor, gate: Tensor | None, update: Tensor) -> Tensor:
@@ -66,6 +67,9 @@ class FastWeights:
 
     Args:
         model: one pipeline stage, one tensor-parallel rank.
+
+    Raises:
+        ValueError: the model is not whole here, or has parameters that this decoder would not use.
     """
 
     @torch.no_grad()
@@ -75,41 +79,58 @@ class FastWeights:
             raise ValueError("decoding without Megatron needs the whole model on one rank; use CachedDecoder")
         if config.uses_adaln and config.time_conditioning:
             raise ValueError("a network that reads the time has no constant modulation; use CachedDecoder")
+        self.arch = config.architecture
         self.device = model.embedding.weight.device
         self.dtype = config.params_dtype
-        self.num_heads, self.head_width = config.num_attention_heads, config.head_width
-        self.rope = config.architecture.rope
-        self.vocab_size = config.vocab_size
-        self.embedding = model.embedding.weight.detach()
         conditioning = model.condition(torch.zeros(1, device=self.device))
-        self.layers = [self._layer(layer, conditioning) for layer in model.decoder.layers]
-        shift, scale = (None, None)
-        if conditioning is not None:
-            shift, scale = model.head.modulation(conditioning).float()[0].chunk(2)
-        self.head_norm = _norm(model.head.norm.weight, shift, scale)
-        tied = model.tied_weight()
-        output = cast(Tensor, model.head.output.weight if tied is None else tied).detach()
+        self._unused = {name: parameter.detach() for name, parameter in named_parameters([model])}
+        self.embedding = self._take("embedding.weight")
+        layers: list[Any] = list(model.decoder.layers)
+        modulations = [None if conditioning is None else layer.modulation(conditioning) for layer in layers]
+        self.layers = [self._layer(f"decoder.layers.{i}.", *self._parts(m, 6)) for i, m in enumerate(modulations)]
+        shift, scale = self._parts(None if conditioning is None else model.head.modulation(conditioning), 2)
+        self.head_norm = self._norm("head.norm.weight", shift, scale)
+        output = self._take_if_there("head.output.weight")
+        output = self.embedding if output is None else output
         self.output = output if output.is_cuda else output.float()  # widened once, not in every call
-        bias = cast(Tensor, model.head.output.bias).detach()
-        self.output_bias = bias.masked_fill(cast(Tensor, model.head.is_excluded), float("-inf"))
+        bias = self._take_if_there("head.output.bias")
+        bias = self.output.new_zeros(len(self.output)) if bias is None else bias
+        self.output_bias = bias.masked_fill(model.head.get_buffer("is_excluded"), float("-inf"))
+        constant = ("time_embedding.", "head.modulation.")  # what was computed above, once for all
+        left = [n for n in self._unused if not n.startswith(constant) and ".modulation." not in n]
+        if left:
+            raise ValueError(f"decoding without Megatron does not know {', '.join(left[:3])}; use CachedDecoder")
+
+    def _take(self, name: str) -> Tensor:
+        return self._unused.pop(name)
+
+    def _take_if_there(self, name: str) -> Tensor | None:
+        return self._unused.pop(name, None)
+
+    def _norm(self, name: str, shift: Tensor | None = None, scale: Tensor | None = None) -> _FoldedNorm:
+        weight = self._take(name).float()
+        return _FoldedNorm(weight if scale is None else weight * (1 + scale), shift, self.arch)
 
     @staticmethod
-    def _layer(layer: Any, conditioning: Tensor | None) -> _Layer:
-        parts: Sequence[Tensor | None] = [None] * 6
-        if conditioning is not None:
-            parts = layer.modulation(conditioning).float()[0].chunk(6)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        attention, mlp = layer.self_attention, layer.mlp
+    def _parts(modulation: Tensor | None, count: int) -> Sequence[Tensor | None]:
+        return [None] * count if modulation is None else modulation.float()[0].chunk(count)
+
+    def _layer(self, name: str, *modulation: Tensor | None) -> _Layer:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        attention, mlp = f"{name}self_attention.", f"{name}mlp."
         return _Layer(
-            norm_attention=_norm(layer.input_layernorm.weight, shift_a, scale_a),
-            qkv=attention.linear_qkv.weight.detach(),
-            projection=attention.linear_proj.weight.detach(),
+            norm_attention=self._norm(f"{name}input_layernorm.weight", shift_a, scale_a),
+            qkv=self._take(f"{attention}linear_qkv.weight"),
+            qkv_bias=self._take_if_there(f"{attention}linear_qkv.bias"),
+            q_norm=self._norm(f"{attention}q_layernorm.weight") if self.arch.qk_norm else None,
+            k_norm=self._norm(f"{attention}k_layernorm.weight") if self.arch.qk_norm else None,
+            projection=self._take(f"{attention}linear_proj.weight"),
             gate_attention=gate_a,
-            norm_mlp=_norm(layer.pre_mlp_layernorm.weight, shift_m, scale_m),
-            fc1=mlp.linear_fc1.weight.detach(),
-            fc1_bias=mlp.linear_fc1.bias.detach(),
-            fc2=mlp.linear_fc2.weight.detach(),
-            fc2_bias=mlp.linear_fc2.bias.detach(),
+            norm_mlp=self._norm(f"{name}pre_mlp_layernorm.weight", shift_m, scale_m),
+            fc1=self._take(f"{mlp}linear_fc1.weight"),
+            fc1_bias=self._take_if_there(f"{mlp}linear_fc1.bias"),
+            fc2=self._take(f"{mlp}linear_fc2.weight"),
+            fc2_bias=self._take_if_there(f"{mlp}linear_fc2.bias"),
             gate_mlp=gate_m,
         )
 
@@ -137,7 +158,7 @@ class FastDecoder:
             raise ValueError(f"sampling.window ({window}): use a multiple of the block size {block_size}")
         self.weights, self.block_size, self.window = weights, block_size, window
         capacity = 2 * window if window is not None else max(256, block_size)
-        shape = (batch_size, weights.num_heads, capacity, weights.head_width)
+        shape = (batch_size, weights.arch.kv_heads, capacity, weights.arch.head_width)
         self._keys = [torch.empty(shape, dtype=cache_dtype, device=weights.device) for _ in weights.layers]
         self._values = [torch.empty(shape, dtype=cache_dtype, device=weights.device) for _ in weights.layers]
         self._cached = 0  # tokens in the cache
@@ -184,26 +205,23 @@ class FastDecoder:
         self._make_room(new)
         end = self._cached + new
         first, mask = self._visible(new)
-        cos, sin = self._angles(new)
         x = F.embedding(tokens_BT, weights.embedding).float()
         for i, layer in enumerate(weights.layers):
             normed = layer.norm_attention(x, weights.dtype)
-            heads = F.linear(normed, layer.qkv).unflatten(2, (weights.num_heads, 3, weights.head_width))
-            rotated = heads[..., :2, :]
-            rotated = torch.addcmul(rotated * cos, rotated.roll(weights.head_width // 2, -1), sin)
-            query = rotated[..., 0, :]
-            self._keys[i][:, :, self._cached : end] = rotated[..., 1, :].transpose(1, 2)
-            self._values[i][:, :, self._cached : end] = heads[..., 2, :].transpose(1, 2)
+            query, key, value = self._heads(F.linear(normed, layer.qkv, layer.qkv_bias), layer)
+            self._keys[i][:, :, self._cached : end] = key.transpose(1, 2)
+            self._values[i][:, :, self._cached : end] = value.transpose(1, 2)
             if scored_BI is not None and i == len(weights.layers) - 1:
                 index = scored_BI.to(x.device)[:, :, None]
                 x = x.gather(1, index.expand(-1, -1, x.shape[2]))
                 query = query.gather(1, index[..., None].expand(-1, -1, *query.shape[2:]))
             keys, values = self._keys[i][:, :, first:end], self._values[i][:, :, first:end]
             attended = F.scaled_dot_product_attention(
-                query.transpose(1, 2), keys.to(query.dtype), values.to(query.dtype), attn_mask=mask
-            )
+                query.transpose(1, 2), keys.to(query.dtype), values.to(query.dtype), attn_mask=mask,
+                enable_gqa=query.shape[2] != keys.shape[1],
+            )  # fmt: skip
             x = _add(x, layer.gate_attention, F.linear(attended.transpose(1, 2).flatten(2), layer.projection))
-            inner = F.gelu(F.linear(layer.norm_mlp(x, weights.dtype), layer.fc1, layer.fc1_bias), approximate="tanh")
+            inner = activate(F.linear(layer.norm_mlp(x, weights.dtype), layer.fc1, layer.fc1_bias), weights.arch)
             x = _add(x, layer.gate_mlp, F.linear(inner, layer.fc2, layer.fc2_bias))
         if commits:
             self._cached, self._start = end, self._start + new
@@ -213,7 +231,20 @@ class FastDecoder:
         weights = self.weights
         normed = weights.head_norm(hidden, weights.dtype)
         logits = linear_fp32(normed.flatten(0, -2), weights.output, weights.output_bias)
-        return logits.unflatten(0, normed.shape[:-1])[..., : weights.vocab_size]
+        return logits.unflatten(0, normed.shape[:-1])[..., : weights.arch.vocab_size]
+
+    def _heads(self, qkv: Tensor, layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, T, H, K) and keys, and values (B, T, G, K); rows by group: its queries, key, value."""
+        arch = self.weights.arch
+        size, width = arch.num_heads // arch.kv_heads, arch.head_width
+        heads = qkv.unflatten(2, (arch.kv_heads, size + 2, width))
+        turned = heads[..., : size + 1, :]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query, key = turned.split([size, 1], dim=3)
+            turned = torch.cat([layer.q_norm(query, qkv.dtype), layer.k_norm(key, qkv.dtype)], dim=3)
+        cos, sin = self._angles(qkv.shape[1])
+        turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)
+        return turned[..., :size, :].flatten(2, 3), turned[..., size, :], heads[..., size + 1, :]
 
     def _visible(self, new: int) -> tuple[int, Tensor | None]:
         """First cached token that any new one sees, and a mask over the rest where they differ."""
@@ -231,9 +262,9 @@ class FastDecoder:
         place = (self._start, new)
         if self._rotary is None or self._rotary[0] != place:
             position = torch.arange(self._start, self._start + new, device=self.weights.device)
-            angles = rotary_angles(position, self.weights.head_width, self.weights.rope)
+            angles = rotary_angles(position, self.weights.arch.head_width, self.weights.arch.rope)
             sin = angles.sin()
-            sin[..., : self.weights.head_width // 2] *= -1
+            sin[..., : self.weights.arch.head_width // 2] *= -1
             self._rotary = (place, angles.cos().to(self.weights.dtype), sin.to(self.weights.dtype))
         return self._rotary[1], self._rotary[2]
 

@@ -12,24 +12,27 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from bd3lm_scale.model.layer import WeightOnlyLayerNorm, modulate
+from bd3lm_scale.model.layer import WeightOnlyNorm, modulate
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 
 
-def linear_fp32(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
+def linear_fp32(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
     """x W^T + b in fp32 (R, V) from operands of any dtype: bf16 products are summed in fp32 and never rounded."""
     if weight_VD.is_cuda and weight_VD.dtype != torch.float32:
-        return torch.mm(x_RD, weight_VD.t(), out_dtype=torch.float32).add_(bias_V)
-    return F.linear(x_RD.float(), weight_VD.float(), bias_V.float())
+        product = torch.mm(x_RD, weight_VD.t(), out_dtype=torch.float32)
+        return product if bias_V is None else product.add_(bias_V)
+    return F.linear(x_RD.float(), weight_VD.float(), None if bias_V is None else bias_V.float())
 
 
 class _Fp32Projection(torch.autograd.Function):
     """hidden W^T + b in fp32 for weights of any dtype; the gradient meets the weights in their dtype, as elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, group: dist.ProcessGroup | None) -> Any:
+    def forward(
+        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, group: dist.ProcessGroup | None
+    ) -> Any:
         ctx.save_for_backward(hidden_RD, weight_VD)
-        ctx.group, ctx.bias_dtype = group, bias_V.dtype
+        ctx.group, ctx.bias_dtype = group, None if bias_V is None else bias_V.dtype
         return linear_fp32(hidden_RD, weight_VD, bias_V)
 
     @staticmethod
@@ -39,13 +42,14 @@ class _Fp32Projection(torch.autograd.Function):
         grad_hidden_RD = grad_RV @ weight_VD
         if ctx.group is not None:
             dist.all_reduce(grad_hidden_RD, group=ctx.group)
-        return grad_hidden_RD, grad_RV.t() @ hidden_RD, grads[0].sum(0).to(ctx.bias_dtype), None
+        grad_bias_V = None if ctx.bias_dtype is None else grads[0].sum(0).to(ctx.bias_dtype)
+        return grad_hidden_RD, grad_RV.t() @ hidden_RD, grad_bias_V, None
 
 
 class _Projection(tensor_parallel.ColumnParallelLinear):
     """Megatron's layer with fp32 logits; its own would be rounded to bf16, each by up to 2^-9 of itself."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor, tp_group: Any, **_: Any) -> Tensor:
+    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None, tp_group: Any, **_: Any) -> Tensor:
         return _Fp32Projection.apply(input, weight, bias, tp_group if tp_group.size() > 1 else None)
 
 
@@ -83,13 +87,13 @@ class _TargetAndNormalizer(torch.autograd.Function):
 
 
 class Head(nn.Module):
-    """LayerNorm, modulation, and the output projection onto the padded vocabulary."""
+    """Norm, modulation, and the output projection onto the padded vocabulary."""
 
     def __init__(self, config: DenoiserConfig, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.config = config
         self.group = group if group.size() > 1 else None
-        self.norm = WeightOnlyLayerNorm(config, config.hidden_size)
+        self.norm = WeightOnlyNorm(config, config.hidden_size)
         if config.uses_adaln:
             self.modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size, dtype=config.params_dtype)
         self.output = _Projection(
@@ -97,7 +101,7 @@ class Head(nn.Module):
             config.padded_vocab_size,
             config=dataclasses.replace(config, sequence_parallel=False),
             init_method=lambda weight: weight,
-            bias=True,
+            bias=config.architecture.head_bias,
             gather_output=False,
             skip_weight_param_allocation=config.tie_embeddings and config.pipeline_model_parallel_size == 1,
             tp_group=group,

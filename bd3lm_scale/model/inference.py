@@ -121,7 +121,7 @@ class CachedDecoder:
 
     def _reset_caches(self) -> None:
         config, blocks = self.model.config, None if self.window is None else self.window // self.block_size
-        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        heads = max(1, config.architecture.kv_heads // config.tensor_model_parallel_size)
         batch, capacity = self.context_BT.shape[0], max(_FIRST_CAPACITY, self.block_size)
         if self.window is not None:
             capacity = 2 * self.window

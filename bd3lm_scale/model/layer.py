@@ -3,14 +3,14 @@
     x += gate_a * dropout(Attention(LN(x) * (1 + scale_a) + shift_a))
     x += gate_m * dropout(MLP(LN(x) * (1 + scale_m) + shift_m))
 
-Attention has no biases, the MLP has; LayerNorm has a weight only. Without adaLN (AR): scale 0, shift 0, gate 1.
+Norms have a weight only. Without adaLN: scale 0, shift 0, gate 1. Which norm LN is, the MLP, the grouping of heads,
+norms of queries and keys, and biases follow the configuration (by default the published DiT's).
 Shapes: P positions (a shard of them under sequence parallelism), B rows, D width, C conditioning width.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -21,12 +21,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from bd3lm_scale.model.attention import BlockAttention
+from bd3lm_scale.model.functions import normalize
+from bd3lm_scale.model.parameters import Architecture
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 from bd3lm_scale.rng import derive_key
 
 
 class ColumnParallelNoBias(tensor_parallel.ColumnParallelLinear):
-    """Megatron decides biases for attention and MLP together; the DiT has them in the MLP only."""
+    """Megatron gives attention biases wherever the MLP has some; here each is a choice of its own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "bias": False})
@@ -39,17 +41,25 @@ class RowParallelNoBias(tensor_parallel.RowParallelLinear):
         super().__init__(*args, **{**kwargs, "bias": False})
 
 
-class WeightOnlyLayerNorm(nn.Module):
-    """LayerNorm in fp32 with a weight and no bias. Returns fp32."""
+class WeightOnlyNorm(nn.Module):
+    """The network's norm in fp32, with a weight and no bias. Returns fp32."""
 
-    def __init__(self, config: DenoiserConfig, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(self, config: DenoiserConfig, hidden_size: int, **_: Any) -> None:
         super().__init__()
-        self.eps = eps
+        self.architecture = config.architecture
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize over the last dimension."""
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), None, self.eps)
+        return normalize(x.float(), self.weight.float(), None, self.architecture)
+
+
+class HeadNorm(WeightOnlyNorm):
+    """The norm of every head's queries or keys, in their own dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize over the last dimension, the width of a head."""
+        return super().forward(x).to(x.dtype)
 
 
 def modulate(normed_PBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
@@ -116,7 +126,8 @@ class DiTLayer(TransformerLayer):
             x = x[: self.num_outputs]
         x = torch.addcmul(x, gate_a, self._drop(attended.float(), context_mask, 0))
         out, bias = self.mlp(modulate(self.pre_mlp_layernorm(x), shift_m, scale_m).to(dtype))
-        return torch.addcmul(x, gate_m, self._drop(out.float() + bias.float(), context_mask, 1)), context
+        out = out.float() if bias is None else out.float() + bias.float()
+        return torch.addcmul(x, gate_m, self._drop(out, context_mask, 1)), context
 
     def _drop(self, x: Tensor, key: Tensor | None, site: int) -> Tensor:
         return x if key is None or not self.training else self.apply_dropout(x, key, site)
@@ -127,24 +138,24 @@ class DiTLayer(TransformerLayer):
         return keyed_dropout(x, self.hidden_dropout, key, self.layer_number, site, shard)
 
 
-def dit_layer_spec() -> ModuleSpec:
+def layer_spec(arch: Architecture) -> ModuleSpec:
     """Megatron's description of the block: which class fills which slot."""
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelNoBias,
+        linear_qkv=tensor_parallel.ColumnParallelLinear if arch.qkv_bias else ColumnParallelNoBias,
         core_attention=BlockAttention,
         linear_proj=RowParallelNoBias,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=HeadNorm if arch.qk_norm else IdentityOp,
+        k_layernorm=HeadNorm if arch.qk_norm else IdentityOp,
     )
     mlp = MLPSubmodules(linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear)
     return ModuleSpec(
         module=DiTLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=WeightOnlyLayerNorm,
+            input_layernorm=WeightOnlyNorm,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary}, submodules=attention
             ),
-            pre_mlp_layernorm=WeightOnlyLayerNorm,
+            pre_mlp_layernorm=WeightOnlyNorm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),
         ),
     )

@@ -17,7 +17,10 @@ VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this inside, independently of the layout."""
 TIME_FEATURES = 256
 """Cosines and sines of the noise level that enter the time embedding."""
-GATED_MLPS = {"gelu": False, "swiglu": True}
+GATED_MLPS = {
+    "gelu": False,
+    "swiglu": True,
+}
 """Kinds of MLP: whether a gate of the same width as the inner layer multiplies its activation."""
 
 UNIFORM, ZEROS, ONES = "uniform", "zeros", "ones"
@@ -94,6 +97,24 @@ class Architecture:
             vocab_size=vocab_size,
             uses_adaln=config.uses_adaln,
             tied_head=model.tie_embeddings,
+            norm=model.norm,
+            norm_eps=model.norm_eps,
+            mlp=model.mlp,
+            ffn_hidden_size=model.ffn_hidden_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            qk_norm=model.qk_norm,
+            qkv_bias=model.qkv_bias,
+            mlp_bias=model.mlp_bias,
+            head_bias=model.head_bias,
+            rope=Rope(
+                model.rope_theta,
+                model.rope_scaling,
+                model.rope_factor,
+                model.rope_low_freq_factor,
+                model.rope_high_freq_factor,
+                model.rope_original_context_length,
+            ),
         )
 
     @property

@@ -4,13 +4,13 @@ Fast paths that need Apex, Transformer Engine or `main_grad` stay off: the DeepS
 """
 
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.model.functions import ACTIVATIONS
 from bd3lm_scale.model.parameters import Architecture, padded_vocab_size
 
 
@@ -79,14 +79,9 @@ def make_transformer_config(
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[parallel.recompute]
     return DenoiserConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=architecture.inner,
-        num_attention_heads=model.num_heads,
-        activation_func=partial(F.gelu, approximate="tanh"),
+        **_network_options(architecture),
         hidden_dropout=model.dropout,
         attention_dropout=0.0,
-        layernorm_epsilon=1e-5,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.interleaved_chunks,
@@ -121,3 +116,22 @@ def make_transformer_config(
         scores_noisy_half_only=config.diffusion.objective == "bd3lm" and not parallel.sequence_parallel,
         **recompute,
     )
+
+
+def _network_options(arch: Architecture) -> dict[str, Any]:
+    """Megatron's names for what the network is made of."""
+    return {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.inner,
+        "num_attention_heads": arch.num_heads,
+        "num_query_groups": arch.kv_heads,
+        "kv_channels": arch.head_width,
+        "activation_func": ACTIVATIONS[arch.mlp],
+        "gated_linear_unit": arch.gates,
+        "add_bias_linear": arch.mlp_bias,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
+        "normalization": "RMSNorm" if arch.norm == "rmsnorm" else "LayerNorm",
+        "layernorm_epsilon": arch.norm_eps,
+    }

@@ -73,6 +73,29 @@ REFUSED = [
     ({"diffusion__block_size": 48}, "diffusion.block_size", {"diffusion__block_size": 32}, "use 32"),
     ({"model__num_heads": 11}, "model.num_heads", {"model__num_heads": 12}, "use 12"),
     ({"model__num_heads": 32}, "model.num_heads", {"model__hidden_size": 128}, "multiple of 64"),
+    ({"model__num_heads": 11}, "model.num_heads", {"model__head_dim": 8}, "set model.head_dim"),
+    ({"model__head_dim": 7}, "model.head_dim", {"model__head_dim": 8}, "use 8"),
+    ({"model__num_kv_heads": 5}, "model.num_kv_heads", {"model__num_kv_heads": 4}, "use 4"),
+    ({TP: 4, "model__ffn_hidden_size": 90}, "parallel.tensor_parallel_size", {TP: 2}, "model.ffn_hidden_size 90"),
+    ({TP: 4, "model__num_kv_heads": 6}, "parallel.tensor_parallel_size", {TP: 2}, "use one of 1, 2"),
+    (
+        {"model__rope_scaling": "llama3", "model__rope_high_freq_factor": 1},
+        "model.rope_high_freq_factor",
+        {"model__rope_high_freq_factor": 4},
+        "4.0",
+    ),
+    (
+        {"diffusion__objective": "sedd", "model__adaln": False},
+        "model.adaln",
+        {"model__adaln": True},
+        "use true",
+    ),
+    (
+        {"diffusion__time_conditioning": True, "model__adaln": False},
+        "diffusion.time_conditioning",
+        {"diffusion__time_conditioning": False},
+        "use null or false",
+    ),
     ({"data__path": None}, "data.path", {"data__path": "d"}, "tools/prepare_data.py"),
     ({"data__mixture": [{"path": "a"}]}, "data.path", {"data__path": None}, "one of the two"),
     ({"data__path": None, "data__mixture": [{"path": "a", "weight": 0}]}, "data.mixture[0].weight", None, "(0, inf)"),
@@ -127,6 +150,12 @@ REFUSED = [
         {"diffusion__block_size": 4, "diffusion__resample": True, "diffusion__clip_high": 0.2},
         "diffusion.resample",
         {"diffusion__clip_high": 0.5},
+        "another clip interval",
+    ),
+    (
+        {"diffusion__block_size": 4, "diffusion__resample": None, "diffusion__clip_high": 0.2},
+        "diffusion.resample",
+        {"diffusion__block_size": 8},
         "another clip interval",
     ),
     (
@@ -236,6 +265,20 @@ def test_every_shown_choice_is_legal_and_a_typo_names_its_neighbor():
         found = changed(name, choices[0] + "x")
         assert len(found) == 1, found
         assert f"use {choices[0]}" in found[0]
+
+
+@pytest.mark.parametrize(("groups", "sizes"), [(12, [1, 2, 4]), (6, [1, 2]), (4, [1, 2, 4]), (3, [1]), (1, [1, 2, 4])])
+def test_ranks_hold_whole_groups_of_heads_or_share_one(groups, sizes):
+    found = {size: make(checked=False, model__num_kv_heads=groups, **{TP: size}) for size in (1, 2, 4)}
+    assert [size for size, config in found.items() if not isinstance(config, list)] == sizes
+
+
+def test_shared_groups_of_heads_must_be_cut_evenly():
+    """8 queries, a key and a value of width 2: 20 rows, which 8 ranks cannot share."""
+    heads = {"model__num_heads": 8, "model__head_dim": 2, "model__num_kv_heads": 1}
+    (line,) = make(checked=False, **heads, **{TP: 8})
+    assert line.endswith("cannot share model.num_kv_heads 1 heads of keys and values; use one of 1, 2, 4")
+    assert not isinstance(make(checked=False, **heads, **{TP: 4}), list)
 
 
 def is_legal(tensor, stages, chunks, zero, world):

@@ -80,3 +80,17 @@ def test_a_damaged_validation_shard_is_treated_as_a_training_shard(
         assert log.count("leaving out damaged shards of the validation split") == 1
         assert [v["step"] for v in validations] == [2, 3]
         assert all(v["nelbo"] > 0 for v in validations)
+
+
+def test_no_sound_shard_left_is_one_error(tmp_path, tokenizer_path):
+    folder = offset_set(tmp_path / "set", tokenizer_path, [64, 120])
+    for shard in folder.glob("train/*.tar"):
+        shard.unlink()
+    run = tmp_path / "run"
+    code = main(
+        [str(ROOT / "configs" / "demo.yaml"), *SMALL, f"data.path={folder}", f"run_dir={run}", "data.on_bad_shard=skip"]
+    )
+    log = (run / "log.txt").read_text()
+    assert code == 86
+    assert "every shard is excluded as damaged; restore the train shards" in log
+    assert "Traceback" not in log

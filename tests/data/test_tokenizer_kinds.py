@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 
-from bd3lm_scale.data import documents
+from bd3lm_scale.data import documents, tokenizing
 from bd3lm_scale.data.prepare import prepare
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.tokenizing import Preparation
@@ -88,12 +88,14 @@ def test_literal_u2581_comes_back_where_the_model_keeps_text(kind, path):
 
 def test_every_format_and_every_cut_gives_the_tokens_of_the_whole_text(path, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_PIECE_BYTES", 64)
+    monkeypatch.setattr(tokenizing, "_HASHED_BYTES", 64)
     tokenizer = load_tokenizer(path)
     texts = [PROSE * 5 + LITERAL, " x " * 200, "x\n" * 300, "\n\n".join(["square"] * 100), LITERAL * 20]
+    texts += [f"def f{i}(x): the square of {i}\n" * 20 for i in range(8)]
     expected = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.eos_token_id)]
     (tmp_path / "txt").mkdir()
     for number, text in enumerate(texts):
-        (tmp_path / "txt" / f"{number}.txt").write_bytes(text.encode())
+        (tmp_path / "txt" / f"{number:02}.txt").write_bytes(text.encode())
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     pyarrow.parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     (tmp_path / "a.tar").write_bytes(archive([(f"{i}.txt", text.encode()) for i, text in enumerate(texts)]))

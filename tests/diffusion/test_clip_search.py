@@ -168,6 +168,7 @@ def test_every_interval_has_the_enumerated_variance_within_its_error_bar(measure
     for interval, want in exact.items():
         got = table[interval]
         assert abs(got.mean - want.mean) < 4 * math.sqrt(want.variance / (ROWS * MOMENT_DRAWS)), interval
+        assert got.weight == pytest.approx(want.weight, rel=2e-3), interval
         assert abs(got.variance - want.variance) < 3 * got.stderr, interval
         assert got.stderr < 0.07 * want.variance, interval  # the bar is narrow enough to say something
     chosen = choose_interval({i: table[i] for i in exact}, (0.0, 0.1))

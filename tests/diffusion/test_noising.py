@@ -242,6 +242,17 @@ def test_resample_changes_how_many_tokens_are_masked(resample, percent):
     assert " | ".join(f"{p:.1f}" for p in percent) in documented
 
 
+def test_resample_null_is_on_where_blocks_have_a_choice_of_counts():
+    for changes, is_on in (
+        ({}, True),
+        ({"block_size": 1}, False),
+        ({"objective": "mdlm"}, False),
+        ({"objective": "ar"}, False),
+        ({"mask_counts": "stratified"}, False),
+    ):
+        assert process_for(resample=None, **changes).resample is is_on, changes
+
+
 def test_resample_that_can_never_succeed_is_refused():
     with pytest.raises(ValueError, match=r"diffusion.resample \(true\).*block of 1"):
         noise(text(4), process_for(block_size=1, resample=True), interval=(0.45, 0.95))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from compare import noises
 from compare import report as compare_report
 from compare.data import Outcome
 from compare_objectives import cases
@@ -89,3 +90,62 @@ def test_equality_with_ar_is_judged_within_seeds():
     apart = compare_report.exact({n: outcome(n, v - 2.0 * ("block1" in n)) for n, v in runs.items()})
     assert "| -1.9900 | 0.1308 | **no** |" in apart
     assert compare_report.exact({"ar": outcome("ar", 4.0)}) == ""
+
+
+def figures_of(**nelbos: list[float]) -> dict:
+    """Figures of block size 4: noise -> nats of seeds 1, 2, ..."""
+    settings = {**noises.DEFAULTS, "rows_per_step": 8, "data": None, "document": "line", "validation_fraction": 0.3}
+    runs = {
+        f"block4/{kind}/{seed}": {"nelbo": value, "stderr": 0.1, "intervals": [[0.3, 0.8], [0.5, 1.0]]}
+        for kind, values in nelbos.items()
+        for seed, value in enumerate(values, 1)
+    }
+    return {"settings": settings, "runs": runs}
+
+
+def test_noises_are_compared_within_seeds():
+    shown = noises.section(figures_of(paper=[4.3, 5.1, 4.7], paper_resample=[4.1, 5.0], full=[4.6]))
+    assert "| 4 | the paper's interval | U[0.5, 1] | 3 | 4.700 +- 0.231 | +0.150 +- 0.050 |" in shown
+    assert "| 4 | the paper's interval, `resample` | U[0.5, 1] | 2 | 4.550 +- 0.450 |  |" in shown
+    assert "| 4 | U[0, 1] | U[0.5, 1] | 1 | 4.600 | +0.500 |" in shown
+
+
+def test_the_section_on_noises_is_replaced_and_the_rest_of_the_report_kept(tmp_path):
+    report = tmp_path / "deep" / "report.md"
+    noises.insert(report, "first")
+    report.write_text(f"# Results\n\n{report.read_text()}\nafter\n")
+    noises.insert(report, "second")
+    assert report.read_text() == f"# Results\n\n{noises.BEGIN}\nsecond\n{noises.END}\n\nafter\n"
+    assert noises.kept(report.read_text()) == f"{noises.BEGIN}\nsecond\n{noises.END}"
+    assert noises.kept("# Results") == ""
+
+
+def test_only_the_missing_run_of_a_comparison_of_noises_is_made(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"Number {i} is followed by number {i + 1}; then comes {i + 2}." for i in range(600)))
+    report = tmp_path / "report.md"
+    small = {"vocab_size": 300, "steps": 4, "layers": 1, "width": 32, "context_length": 32, "rows": 16}
+    names = [f"block{size}/searched_resample/{seed}" for size in noises.BLOCK_SIZES for seed in (1, 2)]
+    names.remove("block4/searched_resample/2")
+    known = {"nelbo": 4.0, "stderr": 0.1, "intervals": [[0.45, 0.95]]}
+    figures = figures_of() | {"runs": dict.fromkeys(names, known)}
+    figures["settings"] |= small | {"text": [str(text)]}
+    path = tmp_path / "report" / "noises.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(figures))
+    options = [word for name, value in small.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = ["--text", str(text), "--output", str(tmp_path / "out"), "--report", str(report), "--seeds", "2"]
+    arguments += ["--noises", "searched_resample", "--document", "line", "--validation-fraction", "0.3", *options]
+    done = compare(*arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(path.read_text())["runs"]
+    assert set(found) == {*names, "block4/searched_resample/2"}
+    assert all(found[name] == known for name in names)
+    made = found["block4/searched_resample/2"]
+    assert len(made["intervals"]) == 4, "three searches and the end"
+    rows = [json.loads(line) for line in (tmp_path / "out/noises/block4_searched_resample_2/metrics.jsonl").open()]
+    assert made["nelbo"] == [row["nelbo"] for row in rows if row["kind"] == "validation"][-1]
+    assert noises.section({"settings": figures["settings"], "runs": found}) in report.read_text()
+    other = compare(*arguments, "--lr", "0.1")
+    assert other.returncode == 1
+    assert "other settings (lr: 0.003 -> 0.1); use another --report" in other.stderr

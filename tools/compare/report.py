@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from compare import noises
 from compare.data import Outcome, read_outcome
 from compare.plots import plot_curves, plot_ppl, plot_variance
 
@@ -39,7 +40,9 @@ def write(output: Path, cases: list[dict[str, Any]], settings: dict[str, Any], r
     plots.mkdir(parents=True, exist_ok=True)
     sections = [head(found, settings), likelihoods(found, plots), order(found), clipping(found), exact(found)]
     sections += [intervals(found, plots), gradients(found)]
-    kept = report.read_text().partition(NOTES)[2] if report.exists() else "\n"
+    old = report.read_text() if report.exists() else ""
+    kept = old.partition(NOTES)[2] or "\n"
+    sections.insert(1, noises.kept(old.partition(NOTES)[0]))
     text = "\n\n".join(section for section in sections if section)
     report.write_text(f"{text}\n\n{NOTES}{kept}")
 

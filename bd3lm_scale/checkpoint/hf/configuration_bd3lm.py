@@ -2,6 +2,21 @@
 
 from transformers import PretrainedConfig
 
+NETWORK = {
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "mlp": "gelu",
+    "ffn_hidden_size": None,
+    "n_kv_heads": None,
+    "head_dim": None,
+    "qk_norm": False,
+    "qkv_bias": False,
+    "mlp_bias": True,
+    "head_bias": True,
+    "rope": None,
+}
+"""Fields that published checkpoints do not have, with the published network's values."""
+
 
 class BD3LMConfig(PretrainedConfig):
     """Sizes and objective of a block-diffusion language model, or of one of its baselines.
@@ -22,6 +37,14 @@ class BD3LMConfig(PretrainedConfig):
         mask_token_id: id of the mask; the last id when absent.
         ignore_bos: the first token is given: never noised, never scored.
         tied_head: the head's weight equals the embedding (it is stored twice all the same).
+        norm, norm_eps: layernorm | rmsnorm, with a weight and no bias.
+        mlp: gelu | swiglu; ffn_hidden_size: its inner width, mlp_ratio * hidden_dim when absent.
+        n_kv_heads: heads of keys and values, shared by groups of query heads; n_heads when absent.
+        head_dim: width of a head; hidden_dim / n_heads when absent.
+        qk_norm: norm of every head's queries and keys before the rotation.
+        qkv_bias, mlp_bias, head_bias: which linear layers have one.
+        rope: theta of the rotary positions, and their scaling: none | linear (factor) | llama3 (factor,
+            low_freq_factor, high_freq_factor, original_context_length).
     """
 
     model_type = "bd3lm"
@@ -30,6 +53,8 @@ class BD3LMConfig(PretrainedConfig):
         "hidden_size": "hidden_dim",
         "num_hidden_layers": "n_blocks",
         "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "ffn_hidden_size",
         "max_position_embeddings": "model_length",
     }
 
@@ -79,9 +104,24 @@ class BD3LMConfig(PretrainedConfig):
         self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
         self.ignore_bos = self.objective != "ar" if ignore_bos is None else ignore_bos
         self.tied_head = tied_head
+        self._set_network({name: kwargs.pop(name, default) for name, default in NETWORK.items()})
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
         self._check()
+
+    def _set_network(self, fields):
+        """What differs from the published network; None is derived from other sizes."""
+        if fields["head_dim"] is None and self.hidden_dim % self.n_heads:
+            raise ValueError(f"hidden_dim ({self.hidden_dim}) is not a multiple of n_heads ({self.n_heads})")
+        derived = {
+            "ffn_hidden_size": self.mlp_ratio * self.hidden_dim,
+            "n_kv_heads": self.n_heads,
+            "head_dim": self.hidden_dim // self.n_heads,
+            "rope": {},
+        }
+        for name, value in fields.items():
+            setattr(self, name, derived[name] if value is None else value)
+        self.rope = {"theta": 10000.0, "scaling": "none", **self.rope}
 
     def _derive_objective(self):
         """The published checkpoints do not name their objective, but these fields tell it."""
@@ -94,8 +134,8 @@ class BD3LMConfig(PretrainedConfig):
     def _check(self):
         if self.objective not in ("bd3lm", "mdlm", "sedd", "ar"):
             raise ValueError(f"objective ({self.objective}): unknown; use bd3lm, mdlm, sedd or ar")
-        if self.hidden_dim % self.n_heads:
-            raise ValueError(f"hidden_dim ({self.hidden_dim}) is not a multiple of n_heads ({self.n_heads})")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) is not a multiple of n_kv_heads ({self.n_kv_heads})")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id ({self.mask_token_id}) is outside the vocabulary of {self.vocab_size} ids")
 

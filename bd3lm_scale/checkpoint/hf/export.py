@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.hf.model_card import model_card, training_rows
+from bd3lm_scale.checkpoint.hf.network import check_class, variant_fields
 from bd3lm_scale.checkpoint.hf.settings_bd3lm import SAMPLERS
 from bd3lm_scale.checkpoint.hf.tokenizer_files import TokenizerLike, TokenizerReport, export_tokenizer
 from bd3lm_scale.checkpoint.names import (
@@ -41,6 +42,7 @@ CODE_FILES = tuple(
     for part in (
         "configuration",
         "modeling",
+        "layers",
         "generation",
         "likelihood",
         "progress",
@@ -135,6 +137,7 @@ def export_hf(
     if tokenizer is not None:
         written = export_tokenizer(tokenizer, destination, vocab_size, int(reader.meta["mask_token_id"]))
     fields = config_fields(config, reader.meta, dtype, written)
+    check_class(fields, arch)
     files, size = write_shards(
         _tensors(reader, arch, kind, DTYPES[dtype], fields),
         _sizes(arch, DTYPES[dtype], fields),
@@ -190,6 +193,7 @@ def config_fields(
         "model_length": config.data.context_length,
         "cross_attn": objective == "bd3lm",
         "adaln": config.uses_adaln,
+        **variant_fields(Architecture.of(config, int(meta["vocab_size"]))),
         "causal": objective == "ar",
         "attn_backend": "sdpa",
         "hidden_dim": config.model.hidden_size,

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
+from bd3lm_scale.checkpoint.hf.network import model_fields
 from bd3lm_scale.checkpoint.metadata import UNKNOWN_DATA, default_mask_id, shortest, split_mask_override, weights_meta
 from bd3lm_scale.checkpoint.names import PREFIX, Architecture, shape_problems, table, to_ours
 from bd3lm_scale.config.load import from_dict, to_dict
@@ -124,6 +125,7 @@ def run_config(
         "mlp_ratio": hf_config.mlp_ratio,
         "dropout": hf_config.dropout,
         "tie_embeddings": hf_config.tied_head,
+        **model_fields(hf_config),
         "vocab_size": hf_config.vocab_size,
     }
     # our exports say how they were trained

@@ -7,8 +7,6 @@ Shapes: B rows, L tokens in a row, N blocks in a row, S tokens in a block, P pos
 K head width, V ids including the mask.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BlockGeneration
 from .inputs_bd3lm import Alignment, checked_ids
+from .layers_bd3lm import Backbone, Embedding, Norm, Rotary, ZeroLinear
 from .likelihood_bd3lm import LikelihoodMixin
 from .vocabulary_bd3lm import Vocabulary
 
@@ -75,176 +74,6 @@ def window_visibility(query_Q, key_J, block_size, window=None):
     return visible if window is None else visible & (key_J >= block_end_Q[:, None] - window)
 
 
-class LayerNorm(nn.Module):
-    """Layer norm in float32 with a weight and no bias; returns float32."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x_BPD):
-        """Normalize the last dimension."""
-        return F.layer_norm(x_BPD.float(), x_BPD.shape[-1:]) * self.weight.float()
-
-
-class Rotary(nn.Module):
-    """Rotary position angles, half-split (NeoX) layout."""
-
-    def __init__(self, head_width):
-        super().__init__()
-        self.head_width = head_width
-        # In published checkpoints, so in ours. Never read: loaders may round it to bfloat16.
-        self.register_buffer("inv_freq", self.frequencies("cpu").float())
-
-    def frequencies(self, device):
-        """10000^(-2j/K), float64 where the device has it."""
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        return 10000.0 ** -(torch.arange(0, self.head_width, 2, device=device, dtype=dtype) / self.head_width)
-
-    def forward(self, position_P):
-        """Cosines and sines, float32 (P, K) each."""
-        frequency = self.frequencies(position_P.device)
-        angle = torch.outer(position_P.to(frequency.dtype), frequency)
-        angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x_BHPK, cos_PK, sin_PK):
-    """Rotate queries or keys, in float32."""
-    x = x_BHPK.float()
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos_PK + torch.cat([-second, first], dim=-1) * sin_PK).to(x_BHPK.dtype)
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: modulations (each block begins as the identity) and the head."""
-
-
-def project(linear, x):
-    """A linear layer in its own dtype, result in float32 (the residual stream is float32 in every dtype)."""
-    return linear(x.to(linear.weight.dtype)).float()
-
-
-class DiTBlock(nn.Module):
-    """Attention and MLP with adaptive layer norm (paper, Appendix C); without it for autoregressive models."""
-
-    def __init__(self, config, index):
-        super().__init__()
-        width = config.hidden_dim
-        self.index = index
-        self.num_heads = config.n_heads
-        self.dropout = config.dropout
-        self.norm1 = LayerNorm(width)
-        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attn_out = nn.Linear(width, width, bias=False)
-        self.norm2 = LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, config.mlp_ratio * width),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.mlp_ratio * width, width),
-        )
-        if config.adaln:
-            self.adaLN_modulation = ZeroLinear(config.cond_dim, 6 * width)
-
-    def forward(self, x_BPD, cond_BC, rotation, visible, cache=None, commit=False):
-        """One block; `rotation` is (cos, sin), `visible` a bool mask that broadcasts to (B, H, Q, J), or None."""
-        if cond_BC is None:
-            shift1 = scale1 = shift2 = scale2 = 0.0
-            gate1 = gate2 = 1.0
-        else:
-            modulation = project(self.adaLN_modulation, cond_BC)[:, None]
-            shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        h_BPD = self.attend(self.norm1(x_BPD) * (1 + scale1) + shift1, rotation, visible, cache, commit)
-        x_BPD = x_BPD + gate1 * F.dropout(h_BPD, self.dropout, self.training)
-        h_BPD = (self.norm2(x_BPD) * (1 + scale2) + shift2).to(self.attn_out.weight.dtype)
-        return x_BPD + gate2 * F.dropout(self.mlp(h_BPD).float(), self.dropout, self.training)
-
-    def attend(self, h_BPD, rotation, visible, cache, commit):
-        """Multi-head attention over the given positions and the cache."""
-        qkv = self.attn_qkv(h_BPD.to(self.attn_qkv.weight.dtype))
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is not None:
-            k, v = cache.extend(self.index, k, v, commit)
-        out_BHPK = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        return project(self.attn_out, out_BHPK.transpose(1, 2).flatten(2))
-
-
-class TimestepEmbedder(nn.Module):
-    """Noise level (B,) to a conditioning vector (B, C)."""
-
-    num_features = 256
-
-    def __init__(self, cond_dim):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.num_features, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
-
-    def forward(self, sigma_B):
-        """Sinusoidal features through two layers."""
-        half = self.num_features // 2
-        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=sigma_B.device, dtype=torch.float32) / half)
-        angle = sigma_B[:, None].float() * frequency
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype)).float()
-
-
-class Embedding(nn.Module):
-    """Token embedding; a bare parameter named as in the published checkpoints."""
-
-    def __init__(self, vocab_size, width):
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab_size, width))
-
-    def forward(self, token_BP):
-        """Look up, as float32."""
-        return F.embedding(token_BP, self.embedding).float()
-
-
-class OutputLayer(nn.Module):
-    """Final adaptive norm and head."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.norm_final = LayerNorm(config.hidden_dim)
-        self.linear = ZeroLinear(config.hidden_dim, config.vocab_size)
-        if config.adaln:
-            self.adaLN_modulation = ZeroLinear(config.cond_dim, 2 * config.hidden_dim)
-
-    def forward(self, x_BPD, cond_BC):
-        """Logits, float32 (B, P, V)."""
-        h = self.norm_final(x_BPD)
-        if cond_BC is not None:
-            shift, scale = project(self.adaLN_modulation, cond_BC)[:, None].chunk(2, dim=-1)
-            h = h * (1 + scale) + shift
-        return project(self.linear, h)
-
-
-class Backbone(nn.Module):
-    """The diffusion transformer."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.vocab_embed = Embedding(config.vocab_size, config.hidden_dim)
-        if config.adaln:
-            self.sigma_map = TimestepEmbedder(config.cond_dim)
-        self.rotary_emb = Rotary(config.hidden_dim // config.n_heads)
-        self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.n_blocks))
-        self.output_layer = OutputLayer(config)
-        self.gradient_checkpointing = False  # set by transformers, with _gradient_checkpointing_func
-
-    def encode(self, given, position_P, cond_BC, visible, cache=None, commit=False):
-        """Hidden states after the embedding and after every block, (B, P, D) each; given: ids or embeddings."""
-        x_BPD = given.float() if given.is_floating_point() else self.vocab_embed(given)
-        rotation = self.rotary_emb(position_P)
-        hidden = [x_BPD]
-        for block in self.blocks:
-            if self.gradient_checkpointing and self.training and cache is None:
-                x_BPD = self._gradient_checkpointing_func(block.__call__, x_BPD, cond_BC, rotation, visible)
-            else:
-                x_BPD = block(x_BPD, cond_BC, rotation, visible, cache=cache, commit=commit)
-            hidden.append(x_BPD)
-        return hidden
-
-
 class BD3LM(BlockGeneration, LikelihoodMixin, Vocabulary, PreTrainedModel, GenerationMixin):
     """Block-diffusion language model (bd3lm) and its baselines (mdlm, sedd, ar)."""
 
@@ -280,7 +109,7 @@ class BD3LM(BlockGeneration, LikelihoodMixin, Vocabulary, PreTrainedModel, Gener
         elif isinstance(module, Embedding):
             bound = module.embedding.shape[1] ** -0.5
             nn.init.uniform_(module.embedding, -bound, bound)
-        elif isinstance(module, LayerNorm):
+        elif isinstance(module, Norm):
             nn.init.ones_(module.weight)
         elif isinstance(module, Rotary) and not module.inv_freq.is_meta:
             module.inv_freq.copy_(module.frequencies("cpu"))

@@ -7,8 +7,6 @@ padding. The original files (tokenizer.model, vocab.json, ...) are copied too: f
 import base64
 import json
 import shutil
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,7 +147,9 @@ def _bpe(vocab: dict[str, int], merges: list[Any], byte_fallback: bool) -> dict[
 
 
 def _bert(folder: Path) -> dict[str, Any]:
-    pieces = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    # lines end at newlines and nowhere else: a piece may be any other separator
+    lines = (folder / "vocab.txt").read_bytes().decode("utf-8").split("\n")
+    pieces = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
     is_cased = any(
         len(p) > 1 and p[0].isascii() and p[0].isupper() and p[1:].isalpha() and p[1:].islower() for p in pieces
     )
@@ -260,7 +260,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-# ---- SentencePiece's file (a protocol buffer), read without its library --------------------------------------------
+# ---- SentencePiece's file ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class SentencePieceModel:
     Attributes:
         pieces: (text, score, type) by id.
         model_type: UNIGRAM, BPE, ...
-        character_map: the num_loss_tokens's compiled rules, empty for identity.
+        character_map: the normalizer's compiled rules, empty for identity.
     """
 
     pieces: list[tuple[str, float, int]]
@@ -282,53 +282,22 @@ class SentencePieceModel:
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """Parse a SentencePiece model file; ValueError when it is none."""
+    """Read a SentencePiece model file through the library's own protocol buffer; ValueError when it is none."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    spec = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        fields = list(_fields(path.read_bytes()))
-        pieces = []
-        for record in (value for number, value in fields if number == 1):
-            piece = dict(_fields(record))
-            score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
-            pieces.append((piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
-        trainer = dict(_fields(next((value for number, value in fields if number == 2), b"")))
-        normalizer = dict(_fields(next((value for number, value in fields if number == 3), b"")))
-    except (KeyError, IndexError, TypeError, UnicodeDecodeError, struct.error, ValueError) as error:
+        spec.ParseFromString(path.read_bytes())
+    except DecodeError as error:
         raise ValueError(f"{path}: not a SentencePiece model ({error})") from error
+    if not spec.pieces:
+        raise ValueError(f"{path}: not a SentencePiece model (it has no pieces)")
     return SentencePieceModel(
-        pieces=pieces,
-        model_type=trainer.get(3, UNIGRAM),
-        byte_fallback=bool(trainer.get(35, 0)),
-        character_map=normalizer.get(2, b""),
-        adds_prefix=bool(normalizer.get(3, 1)),
-        removes_spaces=bool(normalizer.get(4, 1)),
+        pieces=[(piece.piece, piece.score, piece.type) for piece in spec.pieces],
+        model_type=spec.trainer_spec.model_type,
+        byte_fallback=spec.trainer_spec.byte_fallback,
+        character_map=spec.normalizer_spec.precompiled_charsmap,
+        adds_prefix=spec.normalizer_spec.add_dummy_prefix,
+        removes_spaces=spec.normalizer_spec.remove_extra_whitespaces,
     )
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(field number, value) pairs of a protocol buffer message: integers, or bytes."""
-    position = 0
-    while position < len(data):
-        tag, position = _varint(data, position)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, position = _varint(data, position)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-            value, position = data[position : position + size], position + size
-        elif wire == 2:
-            size, position = _varint(data, position)
-            value, position = data[position : position + size], position + size
-        else:
-            raise ValueError(f"wire type {wire}")
-        yield number, value
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value, position

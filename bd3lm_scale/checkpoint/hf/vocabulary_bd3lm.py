@@ -46,7 +46,7 @@ class Vocabulary:
         embedding.embedding = self._resized(
             embedding.embedding, new, mean_resizing, embedding.embedding.shape[1] ** -0.5
         )
-        for name in ("weight", "bias"):
+        for name in ("weight", "bias") if self.config.head_bias else ("weight",):
             setattr(head, name, self._resized(getattr(head, name), new, mean_resizing, 0.0))
         head.out_features = self.config.vocab_size = new
         return embedding
