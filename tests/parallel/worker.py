@@ -60,6 +60,9 @@ class RandomStream:
         rows = [np.random.default_rng(int(i)).integers(0, VOCAB - 1, self.context_length) for i in index]
         return np.stack(rows).astype(np.int64)
 
+    def read_held_out(self, position: np.ndarray) -> np.ndarray:
+        return self.read(position)
+
 
 def batches_of(config: RunConfig, mesh: Mesh, step: int) -> list[Rows]:
     size = config.train.global_batch_size
