@@ -4,7 +4,10 @@ from mutation.mutant import mutants_of
 
 _ORDER = "tests/data/test_order.py::"
 _STORE = "tests/checkpoint/test_store.py::"
-_CUT = "tests/test_power_cut.py::test_every_cut_resumes_to_the_undisturbed_run"
+_CUT = (
+    "tests/test_power_cut.py::test_every_cut_resumes_to_the_undisturbed_run",
+    "tests/test_power_cut.py::test_no_cut_leaves_a_file_that_a_later_start_cannot_use",
+)
 _ROWS = f"{_ORDER}test_rows_are_permuted_anew_in_every_window_epoch_and_source"
 
 STATE = (
@@ -60,7 +63,7 @@ STATE = (
     *mutants_of(
         "bd3lm_scale/checkpoint/files.py",
         ("tests/checkpoint/test_damage.py::test_damage_table",),
-        ("a data file not durable", "        os.fsync(file.fileno())\n    return DataFile(", "    return DataFile(", _CUT),
+        ("a data file not durable", "        os.fsync(file.fileno())\n    return DataFile(", "    return DataFile(", *_CUT),
         ("checksums not compared", "return None if found == sha256 else", "return None if True else"),
         (
             "sizes not compared",
@@ -96,6 +99,6 @@ STATE = (
             "an asynchronous save without a copy",
             "return boxes, self._copy(runs) if self.config.asynchronous else runs", "return boxes, runs",
         ),
-        ("a checkpoint's entries not durable before its name", "                sync_folder(folder)\n", "", _CUT),
+        ("a checkpoint's entries not durable before its name", "                sync_folder(folder)\n", "", *_CUT),
     ),
 )  # fmt: skip
