@@ -33,6 +33,17 @@ class BadShardError(RuntimeError):
         self.reason = reason
 
 
+class NoShardLeftError(BadShardError):
+    """Every training shard of a dataset is left out as damaged."""
+
+    def __init__(self, path: str, names: Sequence[str]):
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        RuntimeError.__init__(
+            self, f"data.path ({path}): every shard is damaged or missing ({shown}); restore them from their source"
+        )
+        self.shard, self.reason = names[0], "every shard is damaged or missing"
+
+
 class RunInUseError(RuntimeError):
     """Another live job works in this run folder; the message says which."""
 

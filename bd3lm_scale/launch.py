@@ -10,26 +10,29 @@ process (slurm/train_owt.sh). Three levels, each limited by launcher.policy.Limi
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 from bd3lm_scale.config.checks import check
+from bd3lm_scale.config.environment import number_from_environment
 from bd3lm_scale.config.load import load_config
 from bd3lm_scale.config.summary import summary
-from bd3lm_scale.errors import ConfigError
 from bd3lm_scale.launcher.local import LocalRanks, Ranks
 from bd3lm_scale.launcher.loop import Launcher, Plan
 from bd3lm_scale.launcher.machines import Follower, LeadingRanks
 from bd3lm_scale.launcher.policy import Limits, choose_nodes
 from bd3lm_scale.launcher.slurm import SlurmRanks
+from bd3lm_scale.runtime.command_line import Parser, parse_train_arguments
 from bd3lm_scale.runtime.exit_codes import ExitCode
+from bd3lm_scale.runtime.lock import RunLock
 from bd3lm_scale.runtime.log import set_up_logging
-from bd3lm_scale.runtime.run_folder import runtime_folder
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; everything after `--` is the program and its arguments."""
-    parser = argparse.ArgumentParser(prog="python -m bd3lm_scale.launch", description="Start, watch and restart a run.")
+    parser = Parser("python -m bd3lm_scale.launch", "Start, watch and restart a run.")
     parser.add_argument("--nproc-per-node", type=int, default=0, help="ranks per node; default: its GPUs, else 1")
     parser.add_argument("--nnodes", type=int, default=0, help="machines, without Slurm (with --check: also there)")
     parser.add_argument("--node-rank", type=int, default=0, help="which of them this is; 0 leads")
@@ -55,54 +58,59 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def ranks_per_node(options: argparse.Namespace) -> int:
     """--nproc-per-node, else the GPUs that Slurm gave this node, else 1."""
-    return options.nproc_per_node or int(os.environ.get("SLURM_GPUS_ON_NODE") or 1)
+    return options.nproc_per_node or number_from_environment("SLURM_GPUS_ON_NODE") or 1
+
+
+def interpreter(text: str) -> list[str]:
+    """The words of --python: a program, whose path may hold spaces, or a command quoted as in a shell."""
+    return [text] if shutil.which(text) else shlex.split(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, then supervise."""
     options = parse_arguments(arguments)
-    module, config_path, *overrides = options.program
-    per_node = ranks_per_node(options)
-    under_slurm = "SLURM_JOB_ID" in os.environ and os.environ.get("ENVIRONMENT") == "BATCH"
-    nodes = options.nnodes or (int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if under_slurm else 1)
+    module, *words = options.program
+    train = parse_train_arguments(words)
+    under_slurm = bool(os.environ.get("SLURM_JOB_ID")) and os.environ.get("ENVIRONMENT") == "BATCH"
     try:
-        config = load_config(config_path, [text for text in overrides if "=" in text and not text.startswith("--")])
+        per_node = ranks_per_node(options)
+        nodes = options.nnodes or (under_slurm and number_from_environment("SLURM_JOB_NUM_NODES")) or 1
+        config = load_config(train.config, train.overrides)
         # the job may hold more nodes than the layout can use, as after a requeue with other nodes
         parallel = config.parallel
         replica = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         used = choose_nodes([""] * nodes, per_node, replica, options.min_nodes, options.max_nodes)
         check(config, world_size=(len(used) or nodes) * per_node)
-    except ConfigError as error:
+        python, srun_args = interpreter(options.python), shlex.split(options.srun_args)
+    except ValueError as error:  # a ConfigError is one; so is a quote without its end
         print(error, file=sys.stderr)
         return ExitCode.CONFIG
     if options.check:
         print(summary(config, nodes * per_node))
         return ExitCode.FINISHED
+    set_up_logging(None, rank=0)
     run_dir = Path(config.run_dir)
-    set_up_logging(None if options.node_rank else run_dir, rank=0)
-    name = module if "." in module else f"bd3lm_scale.{module}"
     plan = Plan(
         run_dir=run_dir,
         config=config,
-        command=[*options.python.split(), "-m", name, config_path, *overrides],
+        program=[*python, "-m", module if "." in module else f"bd3lm_scale.{module}"],
+        arguments=words,
         ranks_per_node=per_node,
         min_nodes=options.min_nodes,
         max_nodes=options.max_nodes,
         stop_seconds=options.stop_seconds,
+        goes_back_to=train.checkpoint,
         limits=Limits(options.max_failures, options.max_requeues, options.backoff_seconds),
     )
     if not under_slurm and options.node_rank:
-        return Follower(run_dir, options.node_rank, per_node, plan.command).run()
+        return Follower(run_dir, options.node_rank, per_node, [*plan.program, *plan.arguments]).run()
+    lock = RunLock(run_dir)
     ranks: Ranks = LocalRanks(per_node)
     if under_slurm:
-        ranks = SlurmRanks(per_node, runtime_folder(run_dir), options.min_nodes, options.srun_args.split())
-        ranks.can_requeue = not options.no_requeue
+        ranks = SlurmRanks(per_node, run_dir / "runtime", options.min_nodes, srun_args, not options.no_requeue)
     elif options.nnodes > 1:
-        ranks = LeadingRanks(run_dir, options.nnodes, per_node, options.master_addr)
-    code = Launcher(plan, ranks).run()
-    if isinstance(ranks, LeadingRanks):
-        ranks.dismiss(code)
-    return code
+        ranks = LeadingRanks(lock, options.nnodes, per_node, options.master_addr)
+    return Launcher(plan, ranks, lock).run()
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ train() {
     copy=$(snapshot "$config")
     # PYTHONSAFEPATH: without it Python prefers the package in the current folder to the snapshot
     export PYTHONPATH=$copy${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
-    launch+=(--python "$RANK_PYTHON" --srun-args "$SRUN_ARGS" --min-nodes "$MIN_NODES")
+    launch+=("--python=$RANK_PYTHON" "--srun-args=$SRUN_ARGS" --min-nodes "$MIN_NODES")
     launch+=(--max-failures "$MAX_FAILURES" --stop-seconds "$STOP_SECONDS" ${MAX_NODES:+--max-nodes "$MAX_NODES"})
     [ "$REQUEUE" = yes ] || launch+=(--no-requeue)
     exec "${launch[@]}" -- train "$copy/config.yaml" "$@" # exec: Slurm signals the batch process

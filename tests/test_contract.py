@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_block import TransformerBlock
+from torch.distributed import distributed_c10d
 
 from bd3lm_scale.config.load import load_config
 from bd3lm_scale.engine import Engine, build_engine
@@ -161,6 +163,17 @@ def test_megatron_has_every_name_that_the_cpu_shim_rebinds():
         if name not in inspect.getsource(TransformerBlock):
             found.append(missing("megatron-core", f"TransformerBlock.{name}", "what the previous stage sent"))
     assert found == []
+
+
+def test_groups_are_made_and_named_by_the_functions_we_replace():
+    """parallel/groups.py replaces both while Megatron initializes."""
+    names = inspect.signature(parallel_state.create_group).parameters
+    assert {"ranks", "timeout", "use_local_synchronization"} <= set(names), missing(
+        "megatron-core", "parallel_state.create_group(ranks, timeout, use_local_synchronization)", "fewer groups"
+    )
+    assert "_hash_ranks_to_str" in inspect.getsource(distributed_c10d._process_group_name), missing(
+        "torch", "distributed_c10d._hash_ranks_to_str", "equal names of a group on all its members"
+    )
 
 
 def test_torch_drops_an_update_on_the_device():

@@ -254,6 +254,25 @@ class TestBadShard:
         assert stream_of(tmp_path) == stream_of(straight)
         assert losses_of(tmp_path) == pytest.approx(losses_of(straight), rel=1e-5)
 
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_when_all_shards_vanish_the_run_saves_and_says_so(self, trainer, tiny_data, tmp_path, straight, workers):
+        """Whatever on_bad_shard says; with the shards back it goes on, and leaves none out."""
+        data = shutil.copytree(tiny_data, tmp_path / "data")
+        settings = (f"data.path={data}", "data.on_bad_shard=skip", "data.retries=0", f"data.workers={workers}")
+        job = trainer.start(tmp_path / "run", *settings, world=2, faults="freeze@step=7:rank=0")
+        go_on = thaw(job)
+        for path in (data / "train").glob("*.tar"):
+            os.truncate(path, 0)  # a shard that is open already vanishes, too
+            path.unlink()
+        go_on()
+        assert job.wait().codes == [ExitCode.CONFIG] * 2, job.output
+        assert "Traceback" not in job.output
+        assert re.search(r"config at step \d+: data.path .*every shard is damaged or missing", job.output)
+        meta = meta_of(tmp_path / "run")
+        assert meta["step"] >= 7
+        trainer.train(tmp_path / "run")
+        assert attempts_of(tmp_path / "run") == [(1, 20)]
+
 
 def first_bad_step(stream, batch, steps):
     for step in range(steps):

@@ -41,13 +41,13 @@ logging: {progress: false}
 WORDS = ("a", "block", "clean", "head", "layer", "loss", "mask", "noise", "one", "rank", "row", "step", "token", "two")
 
 
-def prepare_tiny_data(folder: Path, seed: int = 0) -> Path:
-    """Some tens of KB of text, a tokenizer of 300 ids, 20 shards of a thousand tokens."""
+def prepare_tiny_data(folder: Path, seed: int = 0, tokenizer: Path | None = None) -> Path:
+    """Some tens of KB of text, a tokenizer of 300 ids (or this one), 20 shards of a thousand tokens."""
     draw = np.random.default_rng(seed)
     lines = [" ".join(draw.choice(WORDS, 40)) for _ in range(180)]
     folder.mkdir(parents=True)
     (folder / "text.txt").write_text("\n".join(lines) + "\n")
-    model = train_sentencepiece(lines, folder, vocab_size=290 + 10 * (seed == 0))
+    model = tokenizer or train_sentencepiece(lines, folder, vocab_size=290 + 10 * (seed == 0))
     task = Preparation(
         inputs=tuple(find_inputs([str(folder / "text.txt")])),
         validation_documents=10,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
 from bd3lm_scale.checkpoint.hf.export import config_fields, kind_of, published_tensor
+from bd3lm_scale.checkpoint.hf.importing import hf_config_of, read_config
 from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
 from bd3lm_scale.checkpoint.names import PREFIX, Architecture, rotary_frequencies, table
 from bd3lm_scale.checkpoint.reader import CheckpointReader
@@ -107,7 +108,7 @@ def exported_logits(model: BD3LM, config: RunConfig, tokens_BL: Tensor) -> Tenso
 
 def load_exported(folder: Path) -> BD3LM:
     """A Hugging Face folder in our own class (code in the folder is not run), float32."""
-    model = BD3LM.from_pretrained(folder, local_files_only=True)
+    model = BD3LM.from_pretrained(folder, config=hf_config_of(folder, read_config(folder)), local_files_only=True)
     return model.float().eval()
 
 

@@ -141,12 +141,3 @@ def write_durably(path: Path, text: str) -> None:
     with open(path, "xb", buffering=0) as file:
         _write_all(file, memoryview(text.encode()))
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable (rename and creation are metadata of the folder)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,8 +11,8 @@ import re
 import shutil
 from pathlib import Path
 
-from bd3lm_scale.checkpoint.files import sync_folder
 from bd3lm_scale.runtime import faults
+from bd3lm_scale.runtime.durable import rename, sync_folder
 from bd3lm_scale.runtime.log import get_logger
 
 log = get_logger(__name__)
@@ -61,7 +61,22 @@ def settle_replacements(folder: Path) -> None:
         if original.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.rename(original)
+            rename(path, original)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Finish or remove what saves and removals that died have left; nobody else may be writing."""
+    settle_replacements(folder)
+    for prefix in (WRITING, DELETING):
+        for left in folder.glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def set_aside_later(folder: Path, step: int) -> None:
+    """Set checkpoints of later steps aside: the run went back to `step`, and they are not its future any more."""
+    for _, path in (item for item in list_steps(folder) if item[0] > step):
+        aside = rename(path, free_name(path.with_name(path.name + ABANDONED)))
+        log.warning("checkpoint %s is from before the run went back; set aside as %s", path.name, aside.name)
 
 
 def prune(folder: Path, step: int, keep_last: int, keep_every: int | None) -> None:
@@ -73,15 +88,10 @@ def prune(folder: Path, step: int, keep_last: int, keep_every: int | None) -> No
         keep_last: so many newest ones are kept, at least one.
         keep_every: as are those whose step is a multiple of this.
     """
-    steps = list_steps(folder)
-    for _, path in (item for item in steps if item[0] > step):
-        # the run went back to an earlier checkpoint and has now saved again: these are not its future any more
-        aside = free_name(path.with_name(path.name + ABANDONED))
-        path.rename(aside)
-        log.warning("checkpoint %s is from before the run went back; set aside as %s", path.name, aside.name)
-    past = [item for item in steps if item[0] <= step]
-    for number, path in past[max(1, keep_last) :]:
+    set_aside_later(folder, step)
+    for number, path in list_steps(folder)[max(1, keep_last) :]:
         if not (keep_every and number % keep_every == 0):
-            # renamed first: a half-removed folder must not look like a damaged checkpoint
-            doomed = path.rename(free_name(path.with_name(DELETING + path.name)))
+            # renamed first, durably: a half-removed folder must not look like a damaged checkpoint
+            doomed = rename(path, free_name(path.with_name(DELETING + path.name)))
+            faults.point("save:deleting")
             shutil.rmtree(doomed, ignore_errors=True)

@@ -26,8 +26,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.boxes import KINDS, Box, boxes_of
-from bd3lm_scale.checkpoint.files import DataFile, StoredBox, sync_folder, write_data_file, write_durably
-from bd3lm_scale.checkpoint.folders import DELETING, WRITING, prune, put_in_place, settle_replacements, step_folder
+from bd3lm_scale.checkpoint.files import DataFile, StoredBox, write_data_file, write_durably
+from bd3lm_scale.checkpoint.folders import (
+    WRITING,
+    prune,
+    put_in_place,
+    remove_leftovers,
+    set_aside_later,
+    step_folder,
+)
 from bd3lm_scale.checkpoint.manifest import MANIFEST, write_text
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.search import newest_valid
@@ -35,9 +42,9 @@ from bd3lm_scale.checkpoint.write import write_weights
 from bd3lm_scale.config.schema import CheckpointConfig
 from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.runtime import faults
+from bd3lm_scale.runtime.durable import make_folder, sync_folder
 from bd3lm_scale.runtime.lock import RunLock
 from bd3lm_scale.runtime.log import get_logger
-from bd3lm_scale.runtime.run_folder import is_fenced
 from bd3lm_scale.values import StateSlice
 
 __all__ = ["CheckpointReader", "CheckpointStore", "SaveReport", "find_checkpoint", "open_checkpoint", "write_weights"]
@@ -153,9 +160,22 @@ class CheckpointStore:
             self._thread = None
 
     def newest(self, step: int | None = None) -> CheckpointReader | None:
-        """The newest checkpoint whose every byte is as it was written; see search.newest_valid."""
+        """The newest checkpoint whose every byte is as it was written; see search.newest_valid.
+
+        What dead saves left is removed first.
+        """
         self.wait()
+        self._agreement.decide(lambda: remove_leftovers(self.folder) if self.foreign_owner() is None else None)
         return newest_valid(self.folder, self._agreement, step)
+
+    def go_back_to(self, step: int) -> None:
+        """Set every later checkpoint aside, so that whoever starts next goes on from `step`, too.
+
+        Raises:
+            CheckpointError: on every rank, when they cannot be renamed.
+        """
+        self.wait()
+        self._agreement.decide(lambda: set_aside_later(self.folder, step))
 
     def _take(self, slices: Iterable[StateSlice]) -> tuple[list[StoredBox], list[Tensor]]:
         """Boxes and runs of the owned slices; the runs are copies in the host buffer when asynchronous."""
@@ -226,11 +246,8 @@ class CheckpointStore:
         try:
             if foreign := self.foreign_owner():
                 return str(folder), foreign
-            self.folder.mkdir(parents=True, exist_ok=True)
-            settle_replacements(self.folder)
-            for prefix in (WRITING, DELETING):
-                for left in self.folder.glob(f"{prefix}*"):
-                    shutil.rmtree(left, ignore_errors=True)
+            make_folder(self.folder)
+            remove_leftovers(self.folder)
             folder.mkdir()
             faults.point("save:folder_made")
         except (OSError, RuntimeError) as error:
@@ -239,9 +256,7 @@ class CheckpointStore:
         return str(folder), None
 
     def foreign_owner(self) -> str | None:
-        """Rank 0: why this job may not touch the run folder any more; None while it may. Not collective."""
-        if is_fenced(self.folder.parent):
-            return "a newer attempt of this run owns the folder"
+        """Why this job may not touch the run folder any more; None while it may. Not collective."""
         if self._lock is not None and not self._lock.is_held():
             return "another job has taken over the run folder"
         return None

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from bd3lm_scale.checkpoint.boxes import Box
-from bd3lm_scale.checkpoint.files import DataFile, StoredBox, sync_folder, write_data_file, write_durably
+from bd3lm_scale.checkpoint.files import DataFile, StoredBox, write_data_file, write_durably
 from bd3lm_scale.checkpoint.folders import WRITING
 from bd3lm_scale.checkpoint.manifest import MANIFEST, write_text
 from bd3lm_scale.errors import CheckpointError
+from bd3lm_scale.runtime.durable import make_folder, rename, sync_folder
 
 WEIGHT_FILE_BYTES = 2 * 1024**3
 
@@ -52,7 +53,7 @@ def write_folder(folder: Path, meta: dict[str, Any], write: Callable[[Path], Ite
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists; choose another destination or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     temporary = folder.with_name(f"{WRITING}{folder.name}_{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -60,8 +61,7 @@ def write_folder(folder: Path, meta: dict[str, Any], write: Callable[[Path], Ite
         files = list(write(temporary))
         write_durably(temporary / MANIFEST, write_text(meta, files))
         sync_folder(temporary)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
+        rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

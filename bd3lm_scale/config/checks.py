@@ -6,6 +6,7 @@ Every problem is one line `field (value): reason; use remedy`; layouts that cann
 import math
 
 from bd3lm_scale.config.schema import ModelConfig, RunConfig
+from bd3lm_scale.diffusion.registry import samplers_for
 from bd3lm_scale.errors import ConfigError
 from bd3lm_scale.model.parameters import VOCAB_MULTIPLE, padded_vocab_size
 
@@ -102,6 +103,11 @@ def _diffusion(config: RunConfig) -> list[str]:
     found += _mask_counts(config)
     if diffusion.mdlm_loss_scale and objective not in ("mdlm", "sedd"):
         found.append(f"diffusion.mdlm_loss_scale (true): not a parameterization of {objective}; use false")
+    elif diffusion.mdlm_loss_scale and diffusion.schedule != "loglinear":
+        found.append(
+            f"diffusion.mdlm_loss_scale (true): defined for the loglinear schedule, not {diffusion.schedule}; "
+            "use false, or diffusion.schedule=loglinear"
+        )
     return found
 
 
@@ -293,20 +299,30 @@ def _zero(config: RunConfig) -> list[str]:
 
 def _training(config: RunConfig) -> list[str]:
     optim = config.optim
+    found = []
     if optim.min_lr > optim.lr:
-        return [f"optim.min_lr ({optim.min_lr}): above optim.lr {optim.lr}; use at most {optim.lr}"]
-    return []
+        found.append(f"optim.min_lr ({optim.min_lr}): above optim.lr {optim.lr}; use at most {optim.lr}")
+    end = optim.decay_steps
+    if end is not None and optim.schedule == "constant":
+        found.append(f"optim.decay_steps ({end}): a constant rate has no end; use null, or optim.schedule=cosine")
+    return found
 
 
 def _sampling(config: RunConfig) -> list[str]:
     sampling, objective, found = config.sampling, config.diffusion.objective, []
-    blockwise = ("auto", "first_hitting", "ancestral", "confidence", "entropy")
-    legal = {"ar": ("auto", "ar"), "sedd": ("auto", "analytic")}.get(objective, blockwise)
+    legal = ("auto", *samplers_for(objective))
     if sampling.sampler not in legal:
         found.append(
             f"sampling.sampler ({sampling.sampler}): does not fit diffusion.objective {objective}; "
             f"use {' or '.join(legal)}"
         )
+    if sampling.sampler == "simplex" and (not sampling.kv_cache or sampling.recompute_window):
+        found.append(
+            "sampling.sampler (simplex): reads distributions, which only cached decoding can; "
+            "use sampling.kv_cache=true sampling.recompute_window=false"
+        )
+    if sampling.sampler == "simplex" and config.parallel.tensor_parallel_size > 1:
+        found.append("sampling.sampler (simplex): needs the whole model on a rank; use tensor_parallel_size=1")
     if sampling.sampler == "confidence" and not 0 < sampling.threshold <= 1:
         found.append(f"sampling.threshold ({sampling.threshold}): is a probability here; use a value in (0, 1]")
     size = config.block_size

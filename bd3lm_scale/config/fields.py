@@ -7,9 +7,11 @@ from dataclasses import dataclass, is_dataclass
 from functools import cache, reduce
 from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
-from bd3lm_scale.config.schema import MixtureSource, RunConfig
+from bd3lm_scale.config.schema import MixtureSource, NameIn, RunConfig
+from bd3lm_scale.diffusion.registry import SAMPLERS, SCHEDULES
 
 ITEM = "[]"
 """Stands for the number of a list's item in a field's name: data.mixture[].weight."""
@@ -39,13 +41,17 @@ def value_of(config: RunConfig, name: str) -> object:
     return reduce(getattr, name.split("."), config)
 
 
-@cache
 def field_rules() -> dict[str, FieldRule]:
     """Every dotted field of the schema, in order, sections and items of lists included."""
+    return _field_rules((*SCHEDULES, *SAMPLERS))
+
+
+@cache
+def _field_rules(registered: tuple[str, ...]) -> dict[str, FieldRule]:
+    """The rules while these names are registered."""
     return dict(_rules(RunConfig, ""))
 
 
-@cache
 def field_names() -> tuple[str, ...]:
     """Every dotted field that holds a value, in order: run_dir, seed, ..., data.path, ..."""
     return tuple(name for name, rule in field_rules().items() if not is_dataclass(rule.kind) and ITEM not in name)
@@ -83,6 +89,8 @@ def _rule(hint: Any, default: Any) -> FieldRule:
     if typing.get_origin(kind) is Annotated:
         base, *extras = typing.get_args(kind)
         for extra in extras:
+            if isinstance(extra, AfterValidator) and isinstance(extra.func, NameIn):
+                return FieldRule(str, None, extra.func.choices, is_optional, default)
             for item in extra.metadata if isinstance(extra, FieldInfo) else ():
                 constraints |= {end: getattr(item, end) for end in ("ge", "gt", "le", "lt") if hasattr(item, end)}
         kind = base

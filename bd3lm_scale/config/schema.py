@@ -9,12 +9,15 @@ reads it for the messages. What fields demand of each other stands in config/che
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
+
+from bd3lm_scale.diffusion.registry import SAMPLERS, SCHEDULES
 
 MISSING = "???"
 """Stands for a value that has to be given."""
@@ -38,6 +41,24 @@ def _usable_text(text: str) -> str:
     if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
         raise PydanticCustomError("control_characters", "must be one line without control characters")
     return text
+
+
+class NameIn:
+    """A name that a registry holds when the value is checked, or one of a few others."""
+
+    def __init__(self, registry: Mapping[str, object], *others: str):
+        self.registry, self.others = registry, others
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All names, as of now."""
+        return (*self.others, *self.registry)
+
+    def __call__(self, name: str) -> str:
+        """The name, where it is one of them."""
+        if name not in self.choices:
+            raise PydanticCustomError("not_registered", "must be one of those registered")
+        return name
 
 
 # Strict: nothing is converted silently, except whole floats to whole numbers and whole numbers to floats.
@@ -123,7 +144,7 @@ class DiffusionConfig:
     objective: Literal["bd3lm", "mdlm", "ar", "sedd"] = "bd3lm"
     block_size: PositiveWhole = 16
     """L', tokens per block; bd3lm only (mdlm and sedd use the whole row, ar is causal)."""
-    schedule: Literal["loglinear", "cosine", "square", "square_root", "log"] = "loglinear"
+    schedule: Annotated[Text, AfterValidator(NameIn(SCHEDULES))] = "loglinear"
     clip_low: Time = 0.0
     """beta: training times are drawn from U[max(clip_low, time_epsilon), clip_high]."""
     clip_high: Share = 1.0
@@ -227,6 +248,8 @@ class OptimConfig:
     warmup_steps: NonNegativeWhole = 2500
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up."""
+    decay_steps: PositiveWhole | None = None
+    """The step at which the cosine reaches min_lr; default: train.steps at the run's first start, kept from then on."""
     min_lr: NonNegative = 0.0
     """Where the cosine ends."""
     ema_decay: Decay = 0.9999
@@ -277,7 +300,7 @@ class EvaluationConfig:
 class SamplingConfig:
     """The sample command."""
 
-    sampler: Literal["auto", "first_hitting", "ancestral", "confidence", "entropy", "ar", "analytic"] = "auto"
+    sampler: Annotated[Text, AfterValidator(NameIn(SAMPLERS, "auto"))] = "auto"
     """auto fits the objective."""
     length: PositiveWhole = 256
     num_samples: PositiveWhole = 1

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from bd3lm_scale.config.checks import check, num_micro_batches, padded_vocab_size
-from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.config.schema import ModelConfig, RunConfig
 from bd3lm_scale.config.sizes import MIB, Memory, count, count_on_rank, memory, stage_layers
 
 GPT2_VOCAB_SIZE = 50258
@@ -43,7 +43,7 @@ def summary(config: RunConfig, world_size: int, vocab_size: int | None = None) -
         f"{config.run_dir}: {_objective(config)}, {config.precision}, seed {config.seed}",
         f"layout      {_layout(config, world_size)}",
         f"model       {config.model.num_layers} layers, width {config.model.hidden_size}, "
-        f"{config.model.num_heads} heads, vocabulary {vocab:,} padded to {padded_vocab_size(vocab):,}{note}",
+        f"{_heads(config.model)}, vocabulary {vocab:,} padded to {padded_vocab_size(vocab):,}{note}",
         f"parameters  {count(config, vocab):,}, without embedding and head "
         f"{count(config, vocab, with_embeddings=False):,}",
         f"step        {_step(config, world_size)}",
@@ -55,6 +55,13 @@ def summary(config: RunConfig, world_size: int, vocab_size: int | None = None) -
         *_memory_table(config, world_size, vocab),
     ]
     return "\n".join(lines)
+
+
+def _heads(model: ModelConfig) -> str:
+    """The heads, and what is not the paper's network."""
+    groups = f" ({model.num_kv_heads} of keys and values)" if model.num_kv_heads else ""
+    kinds = [kind for kind, usual in ((model.norm, "layernorm"), (model.mlp, "gelu")) if kind != usual]
+    return ", ".join([f"{model.num_heads} heads{groups}", *kinds])
 
 
 def _num_tokens(config: RunConfig) -> int:

@@ -11,7 +11,7 @@ from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota, weight
 from bd3lm_scale.data.reader import ShardReader
 from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, data_digest, manifest_from_json
 from bd3lm_scale.data.storage import is_remote, join, read_text
-from bd3lm_scale.errors import ConfigError
+from bd3lm_scale.errors import ConfigError, NoShardLeftError
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ShardSource:
         """Told where a batch reader begins; every row can be read at any time, so nothing to do."""
 
     def without(self, excluded: tuple[str, ...]) -> "ShardSource":
-        """The same rows, but for those of exactly these shards."""
+        """The same rows, but for those of exactly these shards. NoShardLeftError when that leaves no row."""
         return ShardSource(self.config, self.seed, self.split, excluded)
 
     def read(self, sample_index: np.ndarray) -> np.ndarray:
@@ -191,6 +191,8 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
             f"data.context_length={config.context_length}; prepare more text or use shorter rows"
         )
     damaged = frozenset(i for i, shard in enumerate(manifest.shards) if prefix + shard.name in source.excluded)
+    if split == "train" and damaged and not np.delete(rows, sorted(damaged)).any():
+        raise NoShardLeftError(path, [prefix + manifest.shards[i].name for i in sorted(damaged)])
     if len(damaged) == len(manifest.shards):
         reason = f"data.path ({path}): every shard is excluded as damaged; restore the {split} shards"
         raise ConfigError([reason], source="the data")

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from bd3lm_scale.diffusion.mask_counts import count_weights, total_weight
 from bd3lm_scale.diffusion.process import Process
-from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES, get_schedule
+from bd3lm_scale.diffusion.registry import SCHEDULES
+from bd3lm_scale.diffusion.schedule import get_schedule
 from bd3lm_scale.values import Interval, LossSum, NoisyRows
 
 HYSTERESIS = 0.01
@@ -169,7 +170,7 @@ def loss_table(
         schedule: name of another schedule than the process's.
     """
     if schedule is not None and schedule != process.schedule.name:
-        assert schedule in SCHEDULE_NAMES
+        assert schedule in SCHEDULES
         process = replace(process, schedule=get_schedule(schedule))
     intervals = candidate_intervals(widths, step, process.time_epsilon, process.block_size)
     if current is not None and process.block_size > 1 and current not in intervals:

@@ -25,7 +25,7 @@ from bd3lm_scale.diffusion.clip_search import LossMoments, least_noisy, loss_tab
 from bd3lm_scale.diffusion.loss import num_loss_tokens
 from bd3lm_scale.diffusion.mask_counts import unseen_share
 from bd3lm_scale.diffusion.noising import noise_rows
-from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES
+from bd3lm_scale.diffusion.registry import SCHEDULES
 from bd3lm_scale.diffusion.variance import GradientMoments, GradientSpread, Spread, spread
 from bd3lm_scale.engine import Engine, run_pass, sum_over_ranks
 from bd3lm_scale.model.denoiser import named_parameters
@@ -224,7 +224,7 @@ def _tables(
     search = config.diffusion.clip_search
     return {
         name: loss_table(validation.moments, engine.process, search.widths, search.step, in_force, name)
-        for name in SCHEDULE_NAMES
+        for name in SCHEDULES
     }
 
 

@@ -9,21 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from bd3lm_scale.config.schema import RunConfig
-from bd3lm_scale.diffusion.samplers.analytic import sample_analytic
-from bd3lm_scale.diffusion.samplers.ancestral import Ancestral
-from bd3lm_scale.diffusion.samplers.autoregressive import sample_next_tokens
-from bd3lm_scale.diffusion.samplers.blocks import BlockPlan, FillBlock, sample_blocks
+from bd3lm_scale.diffusion.registry import samplers_for
 from bd3lm_scale.diffusion.samplers.filtering import TokenFilter
-from bd3lm_scale.diffusion.samplers.first_hitting import first_hitting
-from bd3lm_scale.diffusion.samplers.mdlm import WindowDenoiser, window_plan
-from bd3lm_scale.diffusion.samplers.parallel import Parallel
 from bd3lm_scale.diffusion.samplers.request import SampleRequest, SampleResult
+from bd3lm_scale.diffusion.samplers.sampler import SamplerSettings, get_sampler
 from bd3lm_scale.diffusion.samplers.stopping import StopRule
 from bd3lm_scale.diffusion.schedule import get_schedule
 from bd3lm_scale.errors import ConfigError
-
-DEFAULT_SAMPLER = {"bd3lm": "first_hitting", "mdlm": "first_hitting", "sedd": "analytic", "ar": "ar"}
-"""What `auto` means for each objective."""
 
 _REDRAW_STRIDE = 1 << 40  # sample numbers of the n-th redraw of sample i: i + n * stride, clear of all first draws
 
@@ -57,7 +49,7 @@ class Sample:
 def choose_sampler(config: RunConfig) -> str:
     """The sampler in force."""
     name = config.sampling.sampler
-    return DEFAULT_SAMPLER[config.diffusion.objective] if name == "auto" else name
+    return samplers_for(config.diffusion.objective)[0] if name == "auto" else name
 
 
 def check_sampling(config: RunConfig, infill: bool = False) -> None:
@@ -94,23 +86,17 @@ def run_sampler(
         config: objective, block size, context and sampling section.
         on_progress: told the number of new tokens.
     """
-    name, sampling = choose_sampler(config), config.sampling
-    schedule = get_schedule(config.diffusion.schedule, config.diffusion.mdlm_loss_scale)
-    if name == "ar":
-        return sample_next_tokens(network, request, on_progress)
-    if name == "analytic":
-        return sample_analytic(network, request, schedule, sampling.steps, on_progress)
-    fill: FillBlock = first_hitting
-    if name == "ancestral":
-        fill = Ancestral(sampling.steps, schedule)
-    elif name != "first_hitting":
-        fill = Parallel(name, sampling.threshold)
-    if config.diffusion.objective == "mdlm":
-        length = config.data.context_length
-        plan = window_plan(request.length, length)
-        return sample_blocks(WindowDenoiser(network, length), fill, request, plan, on_progress)
-    plan = BlockPlan(config.block_size, config.block_size, commit_runs_network=sampling.kv_cache)
-    return sample_blocks(network, fill, request, plan, on_progress)
+    diffusion, sampling = config.diffusion, config.sampling
+    settings = SamplerSettings(
+        objective=diffusion.objective,
+        block_size=config.block_size,
+        context_length=config.data.context_length,
+        schedule=get_schedule(diffusion.schedule, diffusion.mdlm_loss_scale),
+        steps=sampling.steps,
+        threshold=sampling.threshold,
+        commit_runs_network=sampling.kv_cache,
+    )
+    return get_sampler(choose_sampler(config))(network, request, settings, on_progress)
 
 
 def draw_samples(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.tokenizer import Tokenizer, load_tokenizer
+from bd3lm_scale.diffusion.registry import SAMPLERS
 from bd3lm_scale.errors import CheckpointError, ConfigError
 from bd3lm_scale.inference.batches import Sample, check_sampling, choose_sampler, draw_samples
 from bd3lm_scale.inference.infill import check_infill, parse_infill
@@ -72,6 +73,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="sampling.seed")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines (default: in the run's samples folder)")
     parser.add_argument("--tokenizer", type=Path, help="where the model comes without one")
+    parser.add_argument("--sampler", metavar="NAME", help="sampling.sampler: " + ", ".join(SAMPLERS))
     parser.add_argument("--weights", choices=("ema", "raw"), help="which weights (sampling.weights)")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="this step's checkpoint, not the newest")
     parser.add_argument("--quiet", action="store_true", help="print no text")
@@ -84,6 +86,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Tokenizer]:
     On a CPU, where bf16 arithmetic is emulated, precision is fp32 unless the command says otherwise.
     """
     options = {"length": args.length, "num_samples": args.num_samples, "batch_size": args.batch_size, "seed": args.seed}
+    options["sampler"] = args.sampler
     overrides = [f"sampling.{name}={value}" for name, value in options.items() if value is not None]
     overrides += [f"sampling.weights={args.weights}"] if args.weights else []
     overrides += args.overrides

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class Ended:
+class RanksExit:
     """All ranks are gone: the first bad exit code (0 when there was none) and who it was."""
 
     code: int
@@ -31,15 +31,15 @@ class Ranks(Protocol):
     can_requeue: bool
     """Whether a scheduler will run this launcher again after `requeue`."""
 
-    def usable_nodes(self) -> list[str]:
-        """Names of the machines that answer now."""
+    def usable_nodes(self) -> list[str] | None:
+        """Names of the machines that answer now; None when the scheduler cannot tell: ask again later."""
         ...
 
     def start(self, attempt: str, nodes: Sequence[str], command: Sequence[str]) -> None:
         """Start ranks_per_node processes on each node."""
         ...
 
-    def poll(self) -> Ended | None:
+    def poll(self) -> RanksExit | None:
         """None while any rank runs."""
         ...
 
@@ -47,8 +47,12 @@ class Ranks(Protocol):
         """End every rank now."""
         ...
 
-    def requeue(self) -> int:
-        """Give the machines back; the launcher's exit code if the scheduler lets it live to use it."""
+    def requeue(self, is_owner: Callable[[], bool]) -> int:
+        """Give the machines back, while `is_owner`; the exit code if the scheduler lets the launcher live to use it."""
+        ...
+
+    def dismiss(self, code: int) -> None:
+        """The run is over with this exit code."""
         ...
 
 
@@ -62,10 +66,10 @@ class LocalRanks:
         self.grace_seconds = grace_seconds
         self._processes: list[subprocess.Popen] = []
         self._first_rank = 0
-        self._first_bad: Ended | None = None
+        self._first_bad: RanksExit | None = None
         self._kill_at: float | None = None
 
-    def usable_nodes(self) -> list[str]:
+    def usable_nodes(self) -> list[str] | None:
         """This machine."""
         return [node_name()]
 
@@ -92,22 +96,22 @@ class LocalRanks:
             )
             self._processes.append(process)
 
-    def poll(self) -> Ended | None:
+    def poll(self) -> RanksExit | None:
         """After the first bad exit the others get `grace_seconds` to notice and to log, then they are killed."""
         codes = [process.poll() for process in self._processes]
         bad = [(rank, code) for rank, code in enumerate(codes, start=self._first_rank) if code]
         if bad and self._first_bad is None:
             rank, code = bad[0]
-            self._first_bad = Ended(code, f"rank {rank}: {describe_code(code)}")
+            self._first_bad = RanksExit(code, f"rank {rank}: {describe_code(code)}")
             self.end_after_grace()
         if any(code is None for code in codes):
             if self._kill_at is not None and time.monotonic() > self._kill_at:
                 self.kill()
             return None
-        return self._first_bad or Ended(0, "")
+        return self._first_bad or RanksExit(0, "")
 
     def end_after_grace(self) -> None:
-        """Something fell elsewhere: give these ranks `grace_seconds` to notice."""
+        """A rank ended elsewhere: give these ranks `grace_seconds` to notice."""
         if self._kill_at is None:
             self._kill_at = time.monotonic() + self.grace_seconds
 
@@ -119,9 +123,12 @@ class LocalRanks:
         for process in self._processes:
             process.wait()
 
-    def requeue(self) -> int:
+    def requeue(self, is_owner: Callable[[], bool]) -> int:
         """There is no queue here."""
         raise RuntimeError("no scheduler to requeue with")
+
+    def dismiss(self, code: int) -> None:
+        """Nobody is left to tell."""
 
 
 def die_with_parent() -> None:

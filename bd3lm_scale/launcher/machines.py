@@ -10,13 +10,15 @@ A machine that falls silent is left out of the next attempt, one that comes back
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bd3lm_scale.launcher.local import Ended, LocalRanks, free_port
+from bd3lm_scale.launcher.local import LocalRanks, RanksExit, free_port
+from bd3lm_scale.runtime.durable import make_folder
 from bd3lm_scale.runtime.exit_codes import ExitCode
+from bd3lm_scale.runtime.lock import RunLock, owner_of, start_of
 from bd3lm_scale.runtime.log import get_logger
-from bd3lm_scale.runtime.run_folder import node_name, read_json, runtime_folder, write_json
+from bd3lm_scale.runtime.run_folder import node_name, read_json, try_write_json
 
 log = get_logger(__name__)
 
@@ -32,8 +34,10 @@ class LeadingRanks:
 
     can_requeue = False
 
-    def __init__(self, run_dir: Path, num_machines: int, ranks_per_node: int, address: str) -> None:
-        self.folder = machines_folder(run_dir)
+    def __init__(self, lock: RunLock, num_machines: int, ranks_per_node: int, address: str) -> None:
+        """Args: lock is the run's; orders are given only while this launcher holds it."""
+        self.lock = lock
+        self.folder = lock.run_dir / "runtime" / "machines"
         self.num_machines = num_machines
         self.ranks_per_node = ranks_per_node
         self.address = address
@@ -41,14 +45,15 @@ class LeadingRanks:
         self._heard: dict[int, tuple[int, float]] = {}
         self._numbers: dict[str, int] = {}
         self._beats = 0
+        self._last_order: dict[str, object] = {"action": "wait"}
+        self._is_ordered = True
         self._has_gathered = False
         self._attempt = ""
         self._followers: list[int] = []
-        self._first_bad: Ended | None = None
-        self._own_ended: Ended | None = None
-        self._order(action="wait")
+        self._first_bad: RanksExit | None = None
+        self._own_exit: RanksExit | None = None
 
-    def usable_nodes(self) -> list[str]:
+    def usable_nodes(self) -> list[str] | None:
         """Machines that show signs of life; before the first attempt, waits two minutes for all of them."""
         deadline = time.monotonic() + (SILENT_SECONDS if self._has_gathered else GATHER_SECONDS)
         while True:
@@ -60,7 +65,7 @@ class LeadingRanks:
         self._has_gathered = True
         self._numbers = {node_name(): 0}
         for number in alive:
-            name = self._said(number).get("node", "")
+            name = self._read_status(number).get("node", "")
             self._numbers[name if name not in self._numbers else f"{name}#{number}"] = number
         return list(self._numbers)
 
@@ -68,63 +73,70 @@ class LeadingRanks:
         """Order the machines to start their parts, and start machine 0's."""
         numbers = [self._numbers[node] for node in nodes]
         self._attempt, self._followers = attempt, numbers[1:]
-        self._first_bad = self._own_ended = None
+        self._first_bad = self._own_exit = None
         port = free_port()
         world = len(numbers) * self.ranks_per_node
         self._order(action="run", machines=numbers, world_size=world, address=self.address, port=port)
         self.own.start_part(attempt, command, 0, world, self.address, port)
 
-    def poll(self) -> Ended | None:
+    def poll(self) -> RanksExit | None:
         """Done when every machine's ranks are; a machine that falls silent counts as fallen."""
-        if self._own_ended is None:
-            self._own_ended = self.own.poll()
+        if not self._is_ordered:
+            self._order(**self._last_order)
+        if self._own_exit is None:
+            self._own_exit = self.own.poll()
         running = 0
         for number in self._followers:
-            said = self._said(number)
-            if said.get("wants_stop"):
+            status = self._read_status(number)
+            if status.get("wants_stop"):
                 signal.raise_signal(signal.SIGTERM)
-            ended = said.get("ended") if said.get("attempt") == self._attempt else None
+            ended = status.get("ended") if status.get("attempt") == self._attempt else None
             if ended is None and self._is_alive(number):
                 running += 1
             elif ended is None:
-                self._fell(Ended(ExitCode.FAILED, f"machine {number} ({said.get('node')}) fell silent"))
+                self._fell(RanksExit(ExitCode.FAILED, f"machine {number} ({status.get('node')}) fell silent"))
             elif ended["code"]:
-                self._fell(Ended(ended["code"], f"machine {number} ({said.get('node')}), {ended['who']}"))
-        if self._own_ended is not None and self._own_ended.code:
-            self._fell(self._own_ended)
-        if self._own_ended is None or running:
+                self._fell(RanksExit(ended["code"], f"machine {number} ({status.get('node')}), {ended['who']}"))
+        if self._own_exit is not None and self._own_exit.code:
+            self._fell(self._own_exit)
+        if self._own_exit is None or running:
             return None
-        return self._first_bad or Ended(0, "")
+        return self._first_bad or RanksExit(0, "")
 
     def kill(self) -> None:
         """End the ranks of every machine."""
         self._order(action="kill")
         self.own.kill()
 
-    def requeue(self) -> int:
+    def requeue(self, is_owner: Callable[[], bool]) -> int:
         """There is no queue here."""
         raise RuntimeError("no scheduler to requeue with")
 
     def dismiss(self, code: int) -> None:
-        """The run is over: the other launchers end with the same code."""
+        """The run is over: let the other launchers end with the same code."""
         self._order(action="end", code=code)
 
-    def _fell(self, ended: Ended) -> None:
+    def _fell(self, ended: RanksExit) -> None:
         if self._first_bad is None:
             self._first_bad = ended
             self._order(action="grace")
             self.own.end_after_grace()
 
     def _order(self, **order: object) -> None:
+        """Write an order in the name of this start; `poll` repeats one that a full disk did not take."""
+        self._last_order = order
+        if not self.lock.is_held():
+            return
         self._beats += 1
-        write_json(self.folder / "order.json", {"attempt": self._attempt, **order, "beats": self._beats})
+        content = {"start": start_of(self.lock.attempt), "attempt": self._attempt, **order, "beats": self._beats}
+        self._is_ordered = try_write_json(make_folder(self.folder) / "order.json", content)
 
-    def _said(self, number: int) -> dict:
+    def _read_status(self, number: int) -> dict:
         return read_json(self.folder / f"machine_{number:04d}.json")
 
     def _is_alive(self, number: int) -> bool:
         """Whether its beats changed lately, by this machine's clock."""
-        now, beats = time.monotonic(), int(self._said(number).get("beats", -1))
+        now, beats = time.monotonic(), int(self._read_status(number).get("beats", -1))
         known, since = self._heard.get(number, (beats, now - SILENT_SECONDS))  # a file of long ago proves nothing
         if beats != known or number not in self._heard:
             since = now if number in self._heard else since
@@ -139,14 +151,14 @@ class Follower:
         self.number = number
         self.command = command
         self.ranks = LocalRanks(ranks_per_node)
-        self.runtime = runtime_folder(run_dir)
-        self.folder = machines_folder(run_dir)
+        self.folder = make_folder(run_dir / "runtime" / "machines")
         self.attempt = ""
         self.ended: dict | None = None
         self.wants_stop = False
         self._is_running = False
         self._beats = 0
         self._next_beat = 0.0
+        self.run_dir = run_dir
         self._leader = self._leaders_beats()  # what an earlier leader left proves nothing
         self._leader_at: float | None = None
         self._started = time.monotonic()
@@ -159,7 +171,7 @@ class Follower:
             if self.wants_stop and not self._is_running:
                 return int(ExitCode.STOPPED)
             if self._leader_is_alive():
-                order = read_json(self.folder / "order.json")
+                order = self._order_of_owner()
                 if order.get("action") == "end":
                     self.ranks.kill()
                     return int(order["code"])
@@ -188,9 +200,14 @@ class Follower:
         elif self._is_running and action == "grace":
             self.ranks.end_after_grace()
 
+    def _order_of_owner(self) -> dict:
+        """The leader's order, unless it is an earlier leader's."""
+        order = read_json(self.folder / "order.json")
+        owner = start_of(str(owner_of(self.run_dir).get("attempt")))
+        return order if owner and order.get("start") == owner else {}
+
     def _leaders_beats(self) -> tuple:
-        files = (self.folder / "order.json", self.runtime / "launcher.json")
-        return tuple(read_json(path).get("beats") for path in files)
+        return read_json(self.folder / "order.json").get("beats"), owner_of(self.run_dir).get("beat")
 
     def _leader_is_alive(self) -> bool:
         now = self._leaders_beats()
@@ -206,12 +223,5 @@ class Follower:
             return
         self._next_beat = time.monotonic() + BEAT_SECONDS
         self._beats += 1
-        said = {"node": node_name(), "beats": self._beats, "attempt": self.attempt, "ended": self.ended}
-        write_json(self.folder / f"machine_{self.number:04d}.json", {**said, "wants_stop": self.wants_stop})
-
-
-def machines_folder(run_dir: Path) -> Path:
-    """run_dir/runtime/machines, made if needed."""
-    folder = runtime_folder(run_dir) / "machines"
-    folder.mkdir(exist_ok=True)
-    return folder
+        status = {"node": node_name(), "beats": self._beats, "attempt": self.attempt, "ended": self.ended}
+        try_write_json(self.folder / f"machine_{self.number:04d}.json", {**status, "wants_stop": self.wants_stop})

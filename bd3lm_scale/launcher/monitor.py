@@ -1,4 +1,4 @@
-"""The launcher's eye on the ranks: heartbeats read from outside, judged by the launcher's own clock.
+"""The ranks' heartbeats as the launcher reads them, judged by its own clock.
 
 The ranks watch themselves first (runtime/watchdog.py) and know more; this catches what they cannot: a frozen
 process, a machine without power or network, an interpreter that no longer runs.
@@ -8,13 +8,18 @@ import time
 from pathlib import Path
 
 from bd3lm_scale.config.schema import RuntimeConfig
-from bd3lm_scale.runtime.watchdog import ENDED, Beat, describe, read_beats
+from bd3lm_scale.runtime.watchdog import ENDED, STARTING, Beat, describe, read_beats
 
 MARGIN_SECONDS = 10.0
 
 
 class Monitor:
-    """Watches one attempt."""
+    """Watches one attempt.
+
+    Attributes:
+        beats: the last heartbeat of each rank.
+        has_trained: whether any rank was seen beyond its start.
+    """
 
     def __init__(self, run_dir: Path, attempt: str, config: RuntimeConfig) -> None:
         self.runtime = run_dir / "runtime"
@@ -25,16 +30,17 @@ class Monitor:
         self._progress_at = now
         self._alive_at: dict[int, float] = {}
         self._next_look = now
+        self.has_trained = False
 
     @property
     def step(self) -> int:
-        """The last step any rank spoke of."""
+        """The last step in any rank's heartbeat."""
         return max((beat.step for beat in self.beats.values()), default=0)
 
-    def look(self) -> str | None:
+    def look(self, at_once: bool = False) -> str | None:
         """None while all is well; otherwise what is wrong. Reads the files once per heartbeat."""
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._next_look and not at_once:
             return None
         self._next_look = now + max(0.2, min(self.config.heartbeat_seconds, self.config.silent_seconds / 4))
         self._read(now)
@@ -47,6 +53,7 @@ class Monitor:
                 self._progress_at = now
             if known is None or known.alive != beat.alive:
                 self._alive_at[rank] = now
+            self.has_trained |= beat.phase not in (STARTING, ENDED)
             self.beats[rank] = beat
 
     def _silent(self, now: float) -> str | None:

@@ -1,5 +1,6 @@
 """What the launcher does after the ranks ended: finish, start again, hand the nodes back, give up. Decisions only."""
 
+import contextlib
 import json
 import signal
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from bd3lm_scale.runtime.exit_codes import NEVER_RETRIED, ExitCode
-from bd3lm_scale.runtime.run_folder import read_json, runtime_folder, write_json
+from bd3lm_scale.runtime.run_folder import label_of, read_json, runtime_folder, try_write_json
 from bd3lm_scale.runtime.stop import BY_TIME_LIMIT, BY_USER
 
 MAX_BACKOFF_SECONDS = 300.0
@@ -19,25 +20,26 @@ class Action(Enum):
     """What comes next."""
 
     END = "end"
-    """The run is over, or a restart would not help: exit with the ending's code."""
+    """The run is over, or a restart would not help: exit with the attempt's code."""
     RESTART = "restart"
     """Start the ranks again from the last checkpoint, in the same allocation."""
     REQUEUE = "requeue"
     """Give the nodes back and wait in the scheduler's queue for others."""
     GIVE_UP = "give up"
-    """It goes in circles."""
+    """Failures repeat without progress."""
 
 
 @dataclass(frozen=True)
-class Ending:
+class AttemptEnd:
     """How one attempt ended.
 
     Attributes:
         code: ExitCode, another process exit code, or -n for death by signal n.
         reason: one line for people.
-        attempt: its token, restart.attempt.
-        step: the last step a heartbeat spoke of.
+        attempt: its label, start.attempt.
+        step: the last step a heartbeat or a metric showed.
         blames_node: the machine is at fault rather than the program.
+        by_user: a STOP file asks for the end, whatever the code.
     """
 
     code: int
@@ -45,6 +47,7 @@ class Ending:
     attempt: str = ""
     step: int = 0
     blames_node: bool = False
+    by_user: bool = False
 
     def line(self) -> str:
         """`attempt 0.1  step 1042  exit 1 (failed)  rank 3 was killed by SIGKILL`."""
@@ -66,38 +69,54 @@ class Limits:
     backoff_seconds: float = 5.0
 
 
-def decide(ending: Ending, stop_asked: bool, can_requeue: bool) -> Action:
-    """What to do after `ending`; `stop_asked`: the launcher itself was told to stop (time limit, preemption)."""
+def decide(end: AttemptEnd, stop_asked: bool, can_requeue: bool) -> Action:
+    """What to do after `end`; `stop_asked`: the launcher itself was told to stop (time limit, preemption)."""
     give_way = Action.REQUEUE if can_requeue else Action.END
-    if ending.code in (ExitCode.FINISHED, ExitCode.FENCED) or ending.code in NEVER_RETRIED:
+    if end.code in (ExitCode.FINISHED, ExitCode.FENCED) or end.code in NEVER_RETRIED:
         return Action.END
-    if ending.reason == BY_USER or (ending.code == ExitCode.STOPPED and ending.reason == BY_TIME_LIMIT):
+    if end.by_user or end.reason == BY_USER or (end.code == ExitCode.STOPPED and end.reason == BY_TIME_LIMIT):
         return Action.END
-    if ending.code == ExitCode.STOPPED or stop_asked:
+    if end.code == ExitCode.STOPPED or stop_asked:
         return give_way
     return Action.RESTART
 
 
 class History:
-    """Failures and requeues since the last new checkpoint, in runtime/failures.json so that requeues remember them."""
+    """Failures and requeues since the last new checkpoint, in runtime/failures.json so that requeues remember them.
+
+    Attributes:
+        under_way: the Slurm job whose first options (--fresh, --checkpoint) have taken effect.
+    """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self.path = runtime_folder(run_dir) / "failures.json"
+        self.run_dir = run_dir
+        self.path = Path(run_dir) / "runtime" / "failures.json"
         found = read_json(self.path)
-        known = {field.name for field in fields(Ending)}
-        self.checkpoint_step: int = found.get("checkpoint_step", -1)
-        self.requeues: int = found.get("requeues", 0)
-        self.failures = [Ending(**{k: v for k, v in f.items() if k in known}) for f in found.get("failures", [])]
+        self.checkpoint_step = _number(found.get("checkpoint_step"), -1)
+        self.requeues = _number(found.get("requeues"), 0)
+        self.under_way = str(found.get("under_way", ""))
+        failures = found.get("failures")
+        self.failures = [f for f in map(_failure, failures if isinstance(failures, list) else []) if f is not None]
+
+    def note_under_way(self, job: str, went_back_to: int | None) -> None:
+        """An attempt of this Slurm job got going, at `went_back_to` if it asked for that checkpoint.
+
+        A requeued job goes on with the newest checkpoint instead, and one beyond that step is progress.
+        """
+        self.under_way = job
+        if went_back_to is not None:
+            self.checkpoint_step = min(self.checkpoint_step, went_back_to)
+        self._write()
 
     def note_checkpoint(self, step: int) -> None:
-        """A checkpoint newer than any before wipes the slate clean."""
+        """Forget all failures when there is a checkpoint newer than any before."""
         if step > self.checkpoint_step:
             self.checkpoint_step, self.requeues, self.failures = step, 0, []
             self._write()
 
-    def add_failure(self, ending: Ending) -> int:
+    def add_failure(self, end: AttemptEnd) -> int:
         """Remember it; how many failures in a row were not a node's fault."""
-        self.failures.append(ending)
+        self.failures.append(end)
         self._write()
         return sum(not failure.blames_node for failure in self.failures)
 
@@ -134,7 +153,24 @@ class History:
     def _write(self) -> None:
         failures = [asdict(failure) for failure in self.failures[-20:]]
         value = {"checkpoint_step": self.checkpoint_step, "requeues": self.requeues, "failures": failures}
-        write_json(self.path, value)
+        with contextlib.suppress(OSError):  # try_write_json says so
+            runtime_folder(self.run_dir)
+        try_write_json(self.path, {**value, "under_way": self.under_way})
+
+
+def _number(value: object, default: int) -> int:
+    return value if isinstance(value, int) else default
+
+
+def _failure(found: object) -> AttemptEnd | None:
+    """A failure as it was written; None for anything else."""
+    if not isinstance(found, dict):
+        return None
+    known = {field.name for field in fields(AttemptEnd)}
+    kept = {name: value for name, value in found.items() if name in known}
+    if not isinstance(kept.get("code"), int) or not isinstance(kept.get("reason"), str):
+        return None
+    return AttemptEnd(**kept)
 
 
 def newest_checkpoint_step(run_dir: str | Path) -> int:
@@ -147,17 +183,18 @@ def newest_checkpoint_step(run_dir: str | Path) -> int:
 def last_logged_step(run_dir: str | Path, attempt: str) -> int:
     """The last training step that `attempt` logged, from the end of metrics.jsonl; 0 if there is none."""
     path = Path(run_dir) / "metrics.jsonl"
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
         return 0
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = file.read().splitlines()
     for line in reversed(lines):
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if row.get("kind") == "train" and row.get("attempt") == attempt:
+        if isinstance(row, dict) and row.get("kind") == "train" and row.get("attempt") == label_of(attempt):
             return int(row["step"])
     return 0
 

@@ -166,6 +166,11 @@ class FastDecoder:
         self._rotary: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
     @property
+    def vocab_size(self) -> int:
+        """V, ids of the logits."""
+        return self.weights.arch.vocab_size
+
+    @property
     def length(self) -> int:
         """Committed tokens per row."""
         return self._start
@@ -173,7 +178,14 @@ class FastDecoder:
     @torch.no_grad()
     def denoise(self, block_BS: Tensor, scored_BI: Tensor | None = None) -> Tensor:
         """float32 logits (B, S, V), or (B, I, V) at int64 scored_BI; mask and padding ids are -inf."""
-        return self._logits(self._run(block_BS.to(self.weights.device), scored_BI, commits=False))
+        return self._logits(self._run(self._embed(block_BS), scored_BI, commits=False))
+
+    @torch.no_grad()
+    def denoise_simplex(self, simplex_BSV: Tensor) -> Tensor:
+        """float32 logits (B, S, V) of a block given as distributions over ids: each reads as its mean embedding."""
+        embedding = self.weights.embedding[: self.vocab_size].float()
+        mixed_BSD = simplex_BSV.to(embedding.device, torch.float32) @ embedding
+        return self._logits(self._run(mixed_BSD, None, commits=False))
 
     @torch.no_grad()
     def commit(self, tokens_BT: Tensor) -> None:
@@ -197,15 +209,18 @@ class FastDecoder:
         """Commit in pieces that fit the cache; hidden states of the last piece."""
         piece = self.window or max(self.block_size, _PREFILL // self.block_size * self.block_size)
         pieces = tokens_BT.to(self.weights.device).split(piece, dim=1)
-        return [self._run(tokens, None, commits=True) for tokens in pieces][-1]
+        return [self._run(self._embed(tokens), None, commits=True) for tokens in pieces][-1]
 
-    def _run(self, tokens_BT: Tensor, scored_BI: Tensor | None, commits: bool) -> Tensor:
-        """fp32 hidden states (B, T, D), or (B, I, D) at the scored places, of tokens placed after the context."""
-        weights, new = self.weights, tokens_BT.shape[1]
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        """fp32 embeddings (B, T, D)."""
+        return F.embedding(tokens_BT.to(self.weights.device), self.weights.embedding).float()
+
+    def _run(self, x: Tensor, scored_BI: Tensor | None, commits: bool) -> Tensor:
+        """fp32 hidden states (B, T, D), or (B, I, D) at the scored places, of embeddings x placed after the context."""
+        weights, new = self.weights, x.shape[1]
         self._make_room(new)
         end = self._cached + new
         first, mask = self._visible(new)
-        x = F.embedding(tokens_BT, weights.embedding).float()
         for i, layer in enumerate(weights.layers):
             normed = layer.norm_attention(x, weights.dtype)
             query, key, value = self._heads(F.linear(normed, layer.qkv, layer.qkv_bias), layer)

@@ -1,4 +1,7 @@
-"""What the ranks tell each other about a checkpoint: JSON over a gloo group (no pickled objects)."""
+"""Small exchanges between all ranks on the host: JSON over a gloo group (object collectives would unpickle).
+
+Values travel along binomial trees, so a rank talks to at most log2 W others however many there are.
+"""
 
 import json
 from collections.abc import Callable
@@ -13,7 +16,7 @@ T = TypeVar("T")
 
 
 class Agreement:
-    """Rank 0 collects what every rank says, and tells every rank what it decided. Trivial when alone."""
+    """Rank 0 collects a value from every rank and sends every rank its own. Does nothing in a world of one."""
 
     def __init__(self, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None) -> None:
         if world_size > 1 and group is None:
@@ -23,7 +26,7 @@ class Agreement:
         self.group = group
 
     def leave(self) -> None:
-        """After a lost peer: close the connections, so that nobody waits for this rank. No agreement follows."""
+        """After a lost rank: close the connections, so that no rank waits for this one. No exchange can follow."""
         if self.group is not None:
             dist.destroy_process_group(self.group)
             self.group = None
@@ -46,15 +49,27 @@ class Agreement:
         if self.world_size == 1:
             return [value]
         self._check()
+        values, stride = [value], 1  # of ranks rank, rank + 1, ..., rank + stride - 1
+        while stride < self.world_size:
+            if self.rank & stride:
+                self._send(values, self.rank - stride)
+                return []
+            if self.rank + stride < self.world_size:
+                values += self._receive(self.rank + stride)
+            stride *= 2
+        return values
+
+    def _send(self, value: Any, to_rank: int) -> None:
         data = _encode(value)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([data.numel()]), group=self.group)
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: data.numel()] = data
-        received = [torch.empty_like(padded) for _ in range(self.world_size)] if self.rank == 0 else None
-        dist.gather(padded, received, group=self.group, group_dst=0)
-        return [_decode(d[: int(n)]) for d, n in zip(received or [], sizes, strict=False)]
+        dist.send(torch.tensor([data.numel()]), group=self.group, group_dst=to_rank)
+        dist.send(data, group=self.group, group_dst=to_rank)
+
+    def _receive(self, from_rank: int) -> Any:
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.recv(size, group=self.group, group_src=from_rank)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(data, group=self.group, group_src=from_rank)
+        return _decode(data)
 
     def _check(self) -> None:
         if self.group is None:
@@ -65,10 +80,11 @@ class Agreement:
         return self.share(self.collect(value))
 
     def run_on_all_ranks(self, work: Callable[[], T]) -> T:
-        """What `work` returns here, once it went well everywhere; it must not communicate itself.
+        """Run `work` here and return its result if it succeeded on all ranks; `work` must not communicate.
 
         Raises:
-            ConfigError, CheckpointError: the first unlucky rank's, on every rank, so that none waits for the others.
+            ConfigError, CheckpointError: raised on all ranks when one rank met it (the lowest such rank's message); an
+                OSError becomes a CheckpointError. Any other exception is local to its rank.
         """
         result, problem = None, None
         try:
@@ -87,10 +103,10 @@ class Agreement:
         raise CheckpointError(where + reports[rank]["text"])
 
     def decide(self, decision: Callable[[], Any]) -> Any:
-        """What `decision` returns on rank 0, the only rank that calls it; JSON types.
+        """Call `decision` on rank 0 alone and return its result on all ranks (JSON types).
 
         Raises:
-            CheckpointError: on every rank, when rank 0 met one, or an OSError.
+            CheckpointError: raised on all ranks when rank 0 met one, or an OSError.
         """
         answer: dict[str, Any] = {}
         if self.rank == 0:

@@ -13,8 +13,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from bd3lm_scale.config.environment import number_from_environment
 from bd3lm_scale.config.schema import ParallelConfig
+from bd3lm_scale.errors import ConfigError
 from bd3lm_scale.parallel import cpu_shim
+from bd3lm_scale.parallel.groups import connect_when_needed, few_groups, raise_descriptor_limit
 
 
 @dataclass(frozen=True)
@@ -58,26 +61,37 @@ def read_launch() -> Launch:
     Also sets the variables torch.distributed and DeepSpeed read.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        launch = Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-    elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
-        launch = Launch(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
-        if "MASTER_ADDR" not in env:
-            hosts = subprocess.run(
-                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            env["MASTER_ADDR"] = hosts.stdout.split()[0]
+    rank, world = number_from_environment("RANK"), number_from_environment("WORLD_SIZE")
+    if rank is not None and world is not None:
+        launch = Launch(rank, world, number_from_environment("LOCAL_RANK") or 0)
+    elif env.get("SLURM_PROCID") and env.get("SLURM_STEP_NUM_TASKS"):
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        launch = Launch(*(number_from_environment(name) or 0 for name in names))
+        if not env.get("MASTER_ADDR"):
+            env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST", ""))
         # Any port derived from the job id is the same on all nodes and rarely taken twice.
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        if not env.get("MASTER_PORT"):
+            env["MASTER_PORT"] = str(20000 + (number_from_environment("SLURM_JOB_ID") or 0) % 20000)
     else:
         launch = Launch(0, 1, 0)
+    if not 0 <= launch.rank < launch.world_size:
+        raise ConfigError(
+            [f"RANK ({launch.rank}): outside WORLD_SIZE ({launch.world_size}); unset both"], "environment"
+        )
     env.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
-    env.setdefault("MASTER_ADDR", "127.0.0.1")
-    env.setdefault("MASTER_PORT", str(_free_port()) if launch.world_size == 1 else "29500")
+    env["MASTER_ADDR"] = env.get("MASTER_ADDR") or "127.0.0.1"
+    env["MASTER_PORT"] = env.get("MASTER_PORT") or (str(_free_port()) if launch.world_size == 1 else "29500")
     return launch
+
+
+def _first_host(nodes: str) -> str:
+    """The first name of a Slurm node list."""
+    try:
+        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return found.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        problem = f"MASTER_ADDR: not set, and scontrol cannot read SLURM_STEP_NODELIST ({nodes!r}: {error}); set it"
+        raise ConfigError([problem], "environment") from error
 
 
 def choose_device(requested: str, local_rank: int) -> torch.device:
@@ -124,15 +138,17 @@ def init_mesh(parallel: ParallelConfig, device: str = "auto", timeout_seconds: f
         os.environ["DS_ACCELERATOR"] = "cpu"
         cpu_shim.install()
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        connect_when_needed()
+        raise_descriptor_limit()
+        # NCCL alone on GPUs: with both, every group of Megatron's would have a gloo twin; host groups name gloo
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
         store = dist.HashStore() if launch.world_size == 1 else None
         dist.init_process_group(
             backend,
             timeout=datetime.timedelta(seconds=timeout_seconds),
             rank=launch.rank,
             world_size=launch.world_size,
-            store=store,
-            device_id=chosen if chosen.type == "cuda" else None,
+            store=store,  # no device_id: it would connect NCCL for every group, also those that are never used
         )
     return _init_groups(parallel, launch, chosen, timeout_seconds)
 
@@ -141,12 +157,14 @@ def _init_groups(parallel: ParallelConfig, launch: Launch, device: torch.device,
     from megatron.core import parallel_state, tensor_parallel
 
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(
-            parallel.tensor_parallel_size,
-            parallel.pipeline_parallel_size,
-            parallel.interleaved_chunks,
-            distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
-        )
+        with few_groups():
+            parallel_state.initialize_model_parallel(
+                parallel.tensor_parallel_size,
+                parallel.pipeline_parallel_size,
+                parallel.interleaved_chunks,
+                distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+                create_gloo_process_groups=False,
+            )
         if device.type == "cuda":
             tensor_parallel.model_parallel_cuda_manual_seed(1)
         else:

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from bd3lm_scale.runtime.run_folder import current_attempt, current_rank
+from bd3lm_scale.runtime.run_folder import current_attempt, current_rank, label_of
 
 VARIABLE = "BD3LM_FAULTS"
 ACTIONS = ("kill", "hang", "freeze", "term", "error", "slow", "nan")
@@ -38,7 +38,7 @@ class Fault:
 
     def strikes(self, place: str, step: int | None) -> bool:
         """Whether this fault is due at `place` in `step` on this rank and attempt."""
-        here = {"step": str(step), "rank": str(current_rank()), "attempt": current_attempt()}
+        here = {"step": str(step), "rank": str(current_rank()), "attempt": label_of(current_attempt())}
         return self.place == place and all(self.conditions.get(key, value) == value for key, value in here.items())
 
 

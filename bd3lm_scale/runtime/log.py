@@ -7,7 +7,7 @@ import time
 import warnings
 from pathlib import Path
 
-from bd3lm_scale.runtime.run_folder import current_rank
+from bd3lm_scale.config.environment import number_from_environment
 
 ROOT = "bd3lm_scale"
 NOISY_LIBRARIES = (
@@ -40,14 +40,23 @@ class _Formatter(logging.Formatter):
         return text
 
 
+class _LogFile(logging.FileHandler):
+    """Lines that a full or absent disk does not take are on stderr; they are no reason to write a traceback there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def set_up_logging(run_dir: str | Path | None, rank: int | None = None, verbose: bool = False) -> None:
     """Send this process's log where it belongs; calling it again replaces what was set up before.
 
+    Without a run folder to stderr only: until the run folder is this job's, another one may be writing there.
     Rank 0: everything to stderr and run_dir/log.txt. Other ranks: warnings to stderr and to a file of their own,
     run_dir/runtime/rank_00003.log, which exists only if there was one (appending to one file from several hosts
     loses lines on network file systems).
     """
-    rank = current_rank() if rank is None else rank
+    rank = (number_from_environment("RANK", "SLURM_PROCID") or 0) if rank is None else rank
     quiet_libraries()
     logger = logging.getLogger(ROOT)
     for handler in list(logger.handlers):
@@ -63,7 +72,7 @@ def set_up_logging(run_dir: str | Path | None, rank: int | None = None, verbose:
         folder = Path(run_dir) if rank == 0 else Path(run_dir) / "runtime"
         folder.mkdir(parents=True, exist_ok=True)
         name = "log.txt" if rank == 0 else f"rank_{rank:05d}.log"
-        file = logging.FileHandler(folder / name, mode="a", delay=True)
+        file = _LogFile(folder / name, mode="a", delay=True)
         file.setFormatter(_Formatter(rank, full=True))
         handlers.append(file)
     for handler in handlers:

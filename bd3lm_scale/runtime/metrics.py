@@ -5,20 +5,23 @@ import json
 import math
 import os
 import queue
+import re
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from bd3lm_scale.config.schema import LoggingConfig
+from bd3lm_scale.runtime.durable import make_folder, sync_folder, write_file
 from bd3lm_scale.runtime.log import get_logger
-from bd3lm_scale.runtime.run_folder import current_attempt
+from bd3lm_scale.runtime.run_folder import current_attempt, label_of
 
 log = get_logger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 SYNC_SECONDS = 10.0
 MAX_UNWRITTEN_BYTES = 1 << 24
+WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -38,15 +41,16 @@ class MetricsWriter:
         enabled: bool = True,
         run_config: dict | None = None,
     ) -> None:
-        self.attempt = current_attempt() if attempt is None else attempt
+        self.attempt = label_of(current_attempt() if attempt is None else attempt)
         self._file = None
         self._mirror = None
         if not enabled:
             return
         path = Path(run_dir) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         cut_torn_line(path)
         self._file = path.open("ab", buffering=0)
+        sync_folder(path.parent)  # else a power cut could take the whole file with it
         self._unwritten = b""
         self._next_sync = time.monotonic() + SYNC_SECONDS
         if logging is not None and logging.wandb != "disabled":
@@ -200,8 +204,17 @@ class WandbMirror:
 
 
 def run_id(run_dir: Path) -> str:
-    """A name that a resumed run finds again, kept in run_dir/wandb_id."""
+    """A name that a resumed run finds again, kept in run_dir/wandb_id; a new one where that file was spoilt."""
     path = run_dir / "wandb_id"
-    if not path.exists():
-        path.write_text(os.urandom(4).hex() + "\n")
-    return path.read_text().strip()
+    try:
+        found = path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        found = ""
+    if WANDB_ID.fullmatch(found):
+        return found
+    made = os.urandom(4).hex()
+    try:
+        write_file(path, made + "\n")
+    except OSError as error:
+        log.warning("%s cannot be written (%s); a restart will be another run at wandb", path, error)
+    return made

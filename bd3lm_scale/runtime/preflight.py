@@ -21,8 +21,9 @@ import torch.distributed as dist
 
 from bd3lm_scale.errors import PreflightError
 from bd3lm_scale.parallel.agreement import Agreement
+from bd3lm_scale.parallel.groups import descriptors_needed, raise_descriptor_limit
 from bd3lm_scale.runtime.log import get_logger
-from bd3lm_scale.runtime.run_folder import current_attempt, node_name, runtime_folder, write_json
+from bd3lm_scale.runtime.run_folder import current_attempt, node_name, runtime_folder, try_write_json
 
 log = get_logger(__name__)
 
@@ -34,7 +35,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one rank measured about its place.
+    """What one rank measured about its machine.
 
     Attributes:
         free_memory_gib: of the device (GPU), or of the machine (CPU).
@@ -42,6 +43,7 @@ class NodeReport:
         clock: seconds since the epoch, taken right after a barrier.
         matmul_ms: time of a fixed small matrix product: a throttled device shows here.
         versions, code, config: must be equal everywhere.
+        descriptors: how many files and sockets a process may have open.
     """
 
     rank: int
@@ -54,6 +56,7 @@ class NodeReport:
     versions: str
     code: str
     config: str
+    descriptors: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def run_preflight(
     device: torch.device,
     agreement: Agreement,
     min_disk_gib: float = 1.0,
+    attempt: str | None = None,
 ) -> list[NodeReport]:
     """Measure, gather, log the table (rank 0), and raise PreflightError naming the bad nodes.
 
@@ -80,6 +84,7 @@ def run_preflight(
         device: this rank's device.
         agreement: over all ranks.
         min_disk_gib: free space the run folder must have.
+        attempt: this attempt's name; by default what the launcher says.
     """
     entry = measure(Path(run_dir), config, device, agreement)
     # JSON, since object collectives would unpickle
@@ -92,13 +97,13 @@ def run_preflight(
         for problem in problems:
             (log.error if problem.is_fatal else log.warning)("preflight: node %s: %s", problem.node, problem.text)
         record = {
-            "attempt": current_attempt(),
+            "attempt": attempt or current_attempt(),
             "bad_nodes": sorted({problem.node for problem in fatal}),
             "problems": [asdict(problem) for problem in problems],
             "all_reduce_gb_per_second": bandwidth,
             "ranks": [asdict(entry) for entry in entries],
         }
-        write_json(runtime_folder(run_dir) / "preflight.json", record)
+        try_write_json(runtime_folder(run_dir) / "preflight.json", record)
     if fatal:
         raise PreflightError("; ".join(f"node {problem.node}: {problem.text}" for problem in fatal))
     return entries
@@ -124,6 +129,7 @@ def measure(run_dir: Path, config: dict, device: torch.device, agreement: Agreem
         versions=versions,
         code=code_hash(),
         config=hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12],
+        descriptors=raise_descriptor_limit(),
     )
 
 
@@ -134,6 +140,7 @@ def judge(entries: Sequence[NodeReport], min_disk_gib: float) -> list[Problem]:
     usual = {
         name: Counter(getattr(e, name) for e in entries).most_common(1)[0][0] for name in ("versions", "code", "config")
     }
+    needed = descriptors_needed(len(entries))
     problems: dict[tuple[str, str], Problem] = {}
 
     def report(entry: NodeReport, text: str, is_fatal: bool) -> None:
@@ -146,6 +153,10 @@ def judge(entries: Sequence[NodeReport], min_disk_gib: float) -> list[Problem]:
                 report(entry, f"{name} differ from the other nodes': {found} instead of {expected}", True)
         if entry.free_disk_gib < min_disk_gib:
             report(entry, f"disk: {entry.free_disk_gib} GiB free for the run folder, {min_disk_gib:g} needed", True)
+        if entry.descriptors < needed:
+            report(
+                entry, f"descriptors: {entry.descriptors} open files allowed, {needed} needed; raise ulimit -n", True
+            )
         if abs(entry.clock - clock) > MAX_CLOCK_SKEW_SECONDS:
             report(entry, f"clock is {entry.clock - clock:+.0f} s off", False)
         if entry.free_memory_gib < MIN_MEMORY_SHARE * memory:

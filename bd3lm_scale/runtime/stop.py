@@ -5,10 +5,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from bd3lm_scale.errors import ConfigError
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.runtime.run_folder import current_attempt, current_rank, has_launcher, read_json
 
@@ -17,6 +19,7 @@ log = get_logger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 BY_USER = "STOP file"
 BY_TIME_LIMIT = "time limit"
+BY_NEW_OWNER = "a newer start or attempt owns the run folder"
 
 
 class StopRequest:
@@ -33,9 +36,16 @@ class StopRequest:
         time_limit_minutes: float | None = None,
         poll_seconds: float = 1.0,
         rank: int | None = None,
+        is_owner: Callable[[], bool] = lambda: True,
     ) -> None:
+        """Args: is_owner says whether this attempt may still write in run_dir (RunLock.is_held).
+
+        Raises:
+            ConfigError: the STOP file of an earlier stop cannot be removed.
+        """
         self.is_rank_zero = (current_rank() if rank is None else rank) == 0
         self.run_dir = None if run_dir is None else Path(run_dir)
+        self.is_owner = is_owner
         self.poll_seconds = poll_seconds
         self.deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
         self._reason: str | None = None
@@ -73,7 +83,9 @@ class StopRequest:
             return BY_TIME_LIMIT
         if self.run_dir is None:
             return None
-        if (self.run_dir / "STOP").exists():
+        if not self.is_owner():
+            return BY_NEW_OWNER
+        if has_stop_file(self.run_dir):
             return BY_USER
         asked = read_json(self.run_dir / "runtime" / "stop_request.json")
         if has_launcher() and asked.get("attempt") == current_attempt():
@@ -90,8 +102,25 @@ class StopRequest:
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
 
+def has_stop_file(run_dir: Path) -> bool:
+    """Whether run_dir/STOP is there, be it a file, a folder or a link to nothing."""
+    return os.path.lexists(run_dir / "STOP")
+
+
 def forget_stop_file(run_dir: Path | None) -> None:
-    """Remove the STOP file of an earlier stop, so that starting the run again means what it says."""
-    if run_dir is not None and (run_dir / "STOP").exists():
-        (run_dir / "STOP").unlink(missing_ok=True)
-        log.info("removed %s, left over from an earlier stop", run_dir / "STOP")
+    """Remove the STOP file of an earlier stop, so that starting the run again means what it says.
+
+    Raises:
+        ConfigError: it cannot be removed.
+    """
+    if run_dir is None or not has_stop_file(run_dir):
+        return
+    path = run_dir / "STOP"
+    try:
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError([f"{path}: asks the run to stop and cannot be removed ({error}); remove it"]) from error
+    log.info("removed %s, left over from an earlier stop", path)

@@ -8,9 +8,11 @@ Three lines of defence: the thread (stacks, diagnosis, exit 87), faulthandler's 
 interpreter lock and the thread cannot run, and the launcher, which watches rank 0's file from outside.
 """
 
+import errno
 import faulthandler
 import json
 import os
+import stat
 import threading
 import time
 from collections import deque
@@ -21,14 +23,16 @@ from statistics import median
 from bd3lm_scale.config.schema import RuntimeConfig
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.log import get_logger
-from bd3lm_scale.runtime.run_folder import current_attempt, node_name, read_json, runtime_folder, write_json
+from bd3lm_scale.runtime.run_folder import current_attempt, node_name, read_json, runtime_folder, try_write_json
 
 log = get_logger(__name__)
 
+STARTING = "start"
 STEP = "step"
 ENDED = "ended"
 MIN_STEPS_FOR_MEDIAN = 3
 BEAT_BYTES = 512
+BEAT_FIELDS = {"node": str, "progress": int, "alive": int, "step": int, "phase": str, "limit": int | float}
 RANKS_PER_SECOND = 200  # heartbeats the shared file system gets per second, whatever the size of the run
 
 
@@ -48,7 +52,16 @@ class Beat:
 class Watchdog:
     """Watches this rank's training loop. `beat` often; `start` and `stop` around the loop."""
 
-    def __init__(self, run_dir: str | Path, config: RuntimeConfig, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: RuntimeConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        attempt: str | None = None,
+    ) -> None:
+        """Args: attempt is this attempt's name; by default what the launcher says."""
+        self.attempt = attempt or current_attempt()
         self.config = config
         self.rank = rank
         self.world_size = world_size
@@ -59,7 +72,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._progress = 0
         self._step = 0
-        self._phase = "start"
+        self._phase = STARTING
         self._durations: deque[float] = deque(maxlen=50)
         self._moved_at = time.monotonic()
         self._step_ended_at: float | None = None
@@ -139,7 +152,7 @@ class Watchdog:
                 **beat,
                 "alive": self._alive,
                 "limit": self.limit_seconds,
-                "attempt": current_attempt(),
+                "attempt": self.attempt,
                 "node": node_name(),
             }
         )
@@ -147,40 +160,70 @@ class Watchdog:
         try:
             # one write of constant size over the old text: a reader never meets an empty or half-written file, and
             # thousands of ranks cause no traffic of names on the file system
-            file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-            os.pwrite(file, text.ljust(BEAT_BYTES).encode(), 0)
-            os.close(file)
+            file = _open_own(path)
+            try:
+                os.pwrite(file, text.ljust(BEAT_BYTES).encode(), 0)
+            finally:
+                os.close(file)
         except OSError as error:  # a full or absent disk is no reason to end a run
             log.warning("cannot write %s: %s", path, error)
 
     def _give_up(self, still_for: float, limit: float) -> None:
         """Stacks first: they are what a diagnosis needs, and nothing after them is certain to work."""
-        path = self.stacks / f"rank_{self.rank:05d}.txt"
-        with path.open("a") as file:
-            file.write(f"attempt {current_attempt()}: nothing moved for {still_for:.0f} s\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        before = read_beats(self.heartbeats.parent)
-        for _ in range(3):  # this rank's own heart must go on beating meanwhile
-            time.sleep(self.interval)
-            self._write()
-        suspects, text = diagnose(before, read_beats(self.heartbeats.parent))
-        if self._is_first_to_tell():
-            log.error(
-                "hang: no progress for %.0f s (limit %.0f s); %s; stacks in %s", still_for, limit, text, self.stacks
-            )
-            write_json(
-                self.stacks.parent / "hang.json", {"attempt": current_attempt(), "ranks": suspects, "text": text}
-            )
-        os._exit(ExitCode.HANG)
+        try:
+            self._write_stacks(still_for)
+            before = read_beats(self.heartbeats.parent, self.attempt)
+            for _ in range(3):  # this rank's own heart must go on beating meanwhile
+                time.sleep(self.interval)
+                self._write()
+            suspects, text = diagnose(before, read_beats(self.heartbeats.parent, self.attempt))
+            if self._is_first_to_tell():
+                told = "hang: no progress for %.0f s (limit %.0f s); %s; stacks in %s"
+                log.error(told, still_for, limit, text, self.stacks)
+                report = {"attempt": self.attempt, "ranks": suspects, "text": text}
+                try_write_json(self.stacks.parent / "hang.json", report)
+        finally:
+            os._exit(ExitCode.HANG)
+
+    def _write_stacks(self, still_for: float) -> None:
+        try:
+            with (self.stacks / f"rank_{self.rank:05d}.txt").open("a") as file:
+                file.write(f"attempt {self.attempt}: nothing moved for {still_for:.0f} s\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            log.warning("the stacks cannot be written: %s", error)
 
     def _is_first_to_tell(self) -> bool:
         """All ranks notice within moments of each other; one report is enough."""
         try:
-            (self.stacks / f"told_{current_attempt()}").touch(exist_ok=False)
+            (self.stacks / f"told_{self.attempt}").touch(exist_ok=False)
         except FileExistsError:
             return False
+        except OSError:  # a full disk: rather twice than never
+            return True
         return True
+
+
+def _open_own(path: Path) -> int:
+    """Open a heartbeat file for writing; a link, a pipe or a folder in its place is not written to but replaced.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        file = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+    else:
+        found = os.fstat(file)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            return file
+        os.close(file)
+    path.unlink()
+    return os.open(path, flags | os.O_EXCL, 0o644)
 
 
 def read_beats(runtime: Path, attempt: str | None = None) -> dict[int, Beat]:
@@ -188,11 +231,11 @@ def read_beats(runtime: Path, attempt: str | None = None) -> dict[int, Beat]:
     attempt = current_attempt() if attempt is None else attempt
     beats = {}
     for path in sorted((runtime / "heartbeat").glob("rank_*.json")):
-        found = read_json(path)
-        if found.get("attempt") == attempt:
-            rank = int(path.stem.removeprefix("rank_"))
-            names = ("node", "progress", "alive", "step", "phase", "limit")
-            beats[rank] = Beat(rank, *(found[name] for name in names))
+        found, rank = read_json(path), path.stem.removeprefix("rank_")
+        if found.get("attempt") == attempt and rank.isdigit() and BEAT_FIELDS.keys() <= found.keys():
+            values = {name: found[name] for name in BEAT_FIELDS}
+            if all(isinstance(values[name], kind) for name, kind in BEAT_FIELDS.items()):
+                beats[int(rank)] = Beat(int(rank), **values)
     return beats
 
 

@@ -3,7 +3,6 @@
 open_session -> parts built, newest valid checkpoint restored -> step, validate, save ... -> close
 """
 
-import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -14,7 +13,8 @@ import torch
 
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.store import CheckpointStore
-from bd3lm_scale.config.load import to_dict, to_yaml
+from bd3lm_scale.config.load import to_dict
+from bd3lm_scale.config.resume import decay_news, keep_decay_steps
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import RowStream
@@ -30,6 +30,7 @@ from bd3lm_scale.runtime.lock import RunLock
 from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.training.ahead import ReadAhead, StepBatch
 from bd3lm_scale.training.checks import refuse_differences, refuse_other_model
+from bd3lm_scale.training.run_files import write_run_files
 from bd3lm_scale.training.step import noise_step
 from bd3lm_scale.validation import Validation
 from bd3lm_scale.values import Cursor, Interval
@@ -114,7 +115,7 @@ class Session:
         """Leave out, on all ranks, the shards that any rank found damaged.
 
         Raises:
-            BadShardError: on every rank, where data.on_bad_shard is stop.
+            BadShardError: on every rank, where data.on_bad_shard is stop, or no shard is left.
         """
         error = self.ahead.bad_shard()
         reports = self.agreement.exchange(None if error is None else (error.shard, error.reason))
@@ -128,10 +129,10 @@ class Session:
         self.seek(replace(self.cursor, excluded_shards=excluded))
 
     def seek(self, cursor: Cursor) -> None:
-        """Continue at another place in the data."""
+        """Continue at another place in the data; NoShardLeftError, and nothing changes, where its shards are gone."""
         self.ahead.drop()
-        self.cursor = cursor
         self.ahead.batches.seek(cursor)
+        self.cursor = cursor
 
     def advance(self) -> None:
         """A step is done."""
@@ -246,7 +247,7 @@ def open_session(
     session = build_session(config, mesh, stream, agreement, lock)
     try:
         initialize(session, fresh, step)
-        agreement.run_on_all_ranks(lambda: write_run_folder(config, stream) if mesh.is_main_rank else None)
+        agreement.run_on_all_ranks(lambda: write_run_files(session.config, stream) if mesh.is_main_rank else None)
     except BaseException:
         session.close()  # its data workers would outlive it
         raise
@@ -272,10 +273,22 @@ def initialize(session: Session, fresh: bool = False, step: int | None = None) -
     config, reader = session.config, session.store.newest(step)
     if reader is not None:
         session.agreement.run_on_all_ranks(lambda: refuse_differences(reader, config, session.stream, fresh))
+    fix_decay(session, None if reader is None else reader.meta["config"])
+    if reader is not None:
         resume(session, reader)
+        if step is not None:
+            session.store.go_back_to(step)
     elif config.train.init_from:
         start_from(session, config.train.init_from, config.train.init_weights)
     session.store.prepare(session.optimizer.slices())
+
+
+def fix_decay(session: Session, saved: dict[str, Any] | None) -> None:
+    """Settle where the learning rate's cosine ends, from the configuration of the checkpoint that is resumed."""
+    session.config = keep_decay_steps(session.config, saved)
+    if session.engine.mesh.is_main_rank:
+        for line in decay_news(session.config, saved):
+            log.info(line)
 
 
 def resume(session: Session, reader: CheckpointReader) -> None:
@@ -323,17 +336,6 @@ def start_from(session: Session, source: str, weights: str) -> None:
     session.optimizer.restored(0)
     session.optimizer.reset_ema()
     log.info("started from the %s weights of %s (step %s)", kind, reader.path, reader.meta.get("step"))
-
-
-def write_run_folder(config: RunConfig, stream: RowStream) -> None:
-    """Keep the resolved configuration and the tokenizer in the run folder (rank 0)."""
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    if not (folder / "tokenizer").exists():
-        temporary = folder / ".tokenizer"
-        shutil.copytree(stream.tokenizer_path, temporary, dirs_exist_ok=True)
-        temporary.rename(folder / "tokenizer")
 
 
 def set_threads(config: RunConfig, device: torch.device) -> None:

@@ -3,13 +3,14 @@
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from bd3lm_scale.config.checks import check, num_micro_batches, padded_vocab_size, problems
 from bd3lm_scale.config.fields import field_names, field_rules
 from bd3lm_scale.config.load import from_dict, to_dict
-from bd3lm_scale.config.resume import resume_differences
+from bd3lm_scale.config.resume import decay_news, keep_decay_steps, resume_differences
 from bd3lm_scale.errors import ConfigError
 
 
@@ -189,6 +190,12 @@ REFUSED = [
         "auto",
     ),
     ({"train__compile": True, "runtime__device": "cpu"}, "train.compile", {"train__compile": False}, "false"),
+    (
+        {"optim__decay_steps": 100},
+        "optim.decay_steps",
+        {"optim__schedule": "cosine"},
+        "use null, or optim.schedule=cosine",
+    ),
     ({"optim__min_lr": 1.0}, "optim.min_lr", {"optim__min_lr": 3e-4}, "at most 0.0003"),
     ({"sampling__sampler": "ar"}, "sampling.sampler", {"sampling__sampler": "first_hitting"}, "first_hitting"),
     (
@@ -356,6 +363,31 @@ def test_resume_may_change_the_layout_and_nothing_that_is_learned():
         lines = resume_differences(saved, make(**{name: value}))
         assert [line.startswith(name.replace("__", ".")) for line in lines] == [True], lines
     assert len(resume_differences(saved, make(**forbidden))) == len(forbidden)
+
+
+def test_a_prolonged_cosine_goes_on_along_the_curve_it_started_on():
+    first = keep_decay_steps(make(optim__schedule="cosine", optim__warmup_steps=10, train__steps=100), None)
+    assert first.optim.decay_steps == 100
+    assert decay_news(first, None) == []
+    saved = to_dict(first)
+    longer = make(optim__schedule="cosine", optim__warmup_steps=10, train__steps=300)
+    kept = keep_decay_steps(longer, saved)
+    assert kept.optim.decay_steps == 100
+    assert resume_differences(saved, kept) == []
+    (news,) = decay_news(kept, saved)
+    assert "ends at step 100" in news
+    assert "optim.decay_steps=300" in news
+    again = keep_decay_steps(make(optim__schedule="cosine", optim__warmup_steps=10, train__steps=400), to_dict(kept))
+    assert again.optim.decay_steps == 100, "the first start decides, however often the run is prolonged"
+    stretched = keep_decay_steps(replace(longer, optim=replace(longer.optim, decay_steps=300)), saved)
+    assert stretched.optim.decay_steps == 300
+    assert resume_differences(saved, stretched) == []
+    assert decay_news(stretched, saved) == [
+        "the learning rate's cosine ended at step 100 and ends at step 300 from now on"
+    ]
+    del saved["optim"]["decay_steps"]  # a checkpoint of an earlier version ended its cosine at train.steps
+    assert keep_decay_steps(longer, saved).optim.decay_steps == 100
+    assert keep_decay_steps(make(train__steps=100), None).optim.decay_steps is None, "a constant rate has no end"
 
 
 def test_resume_compares_with_checkpoints_of_other_versions():

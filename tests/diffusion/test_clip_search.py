@@ -21,7 +21,7 @@ from bd3lm_scale.diffusion.clip_search import (
 from bd3lm_scale.diffusion.loss import num_loss_tokens, score_rows
 from bd3lm_scale.diffusion.noising import given_noise, noise_rows, noise_rows_for_evaluation
 from bd3lm_scale.diffusion.process import make_process
-from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES
+from bd3lm_scale.diffusion.registry import SCHEDULES
 from bd3lm_scale.diffusion.variance import GradientMoments, spread
 from bd3lm_scale.values import LossSum, NoisyRows, Rows
 from tests.diffusion.heads import head_of
@@ -155,7 +155,7 @@ def measured(request, trained) -> tuple[CountMoments, dict[int, list[float]], bo
 
 
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_interval_has_the_enumerated_variance_within_its_error_bar(measured, name, noise):
     """The paper's whole grid, the heavy intervals at the singular end included, and the choice that follows."""
     moments, patterns, ignore_bos = measured
@@ -254,7 +254,7 @@ def test_a_block_of_one_token_is_best_at_full_masking():
     generator = torch.Generator().manual_seed(0)
     nll = torch.rand(200_000, generator=generator, dtype=torch.float64) + 1
     rows = Rows(torch.zeros(1, len(nll)).long(), torch.arange(1), torch.ones(1, dtype=torch.bool))
-    for name in SCHEDULE_NAMES:
+    for name in SCHEDULES:
         process = replace(process_for(1, name), context_length=len(nll))
         noisy = noise_rows_for_evaluation(rows, process, seed=1, draw=0, num_rows=1)
         exact = CountMoments(1)

@@ -13,7 +13,8 @@ from bd3lm_scale.diffusion.loss import row_losses, score_rows
 from bd3lm_scale.diffusion.mask_counts import count_weights
 from bd3lm_scale.diffusion.noising import given_noise, noise_rows, noise_rows_for_evaluation
 from bd3lm_scale.diffusion.process import make_process
-from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES, get_schedule
+from bd3lm_scale.diffusion.registry import SCHEDULES
+from bd3lm_scale.diffusion.schedule import get_schedule
 from bd3lm_scale.values import Rows
 from tests.diffusion.heads import head_of
 from tests.plain_dit import PlainDiT, random_parameters
@@ -72,7 +73,7 @@ def enumerated_loss(clean, process, low, high, nodes=400):
     return total
 
 
-@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_expected_loss_is_the_any_order_bound_under_every_schedule(schedule):
     """Up to the mask rates below p(low) that no time covers; those are added in closed form for block size 2."""
     process = process_for(2, schedule)
@@ -104,7 +105,7 @@ def test_bound_never_promises_more_than_a_distribution_has(block_size):
         assert 0.3 < mass < 0.9999
 
 
-@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("block_size", [2, 4])
 def test_drawn_noise_averages_to_the_enumerated_loss(schedule, block_size):
     """Times, masks and weights as drawn in training: unbiased for every row, within 4 standard errors."""
@@ -129,7 +130,7 @@ def test_drawn_noise_averages_to_the_enumerated_loss(schedule, block_size):
     assert (means.std(0) / steps**0.5 / expected).max() < 0.015  # the test has power
 
 
-@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stratified_counts_have_the_bound_itself_for_their_mean(schedule):
     """Every count and every set of places, with the law of the drawn noise: no time is left out, and no clipping."""
     process = replace(process_for(4, schedule), mask_counts="stratified")
@@ -192,7 +193,7 @@ def test_mdlm_is_one_block_without_the_clean_half():
 
 def test_evaluation_schedule_covers_the_same_mask_rates_as_loglinear():
     """Why evaluation may use loglinear for all: substituting p for t turns every bound into the same integral."""
-    for name in SCHEDULE_NAMES:
+    for name in SCHEDULES:
         schedule = get_schedule(name)
         time = torch.linspace(0.05, 1, 20001, dtype=torch.float64)
         rate = schedule.mask_rate(time)

@@ -13,7 +13,7 @@ from bd3lm_scale.config.schema import DiffusionConfig
 from bd3lm_scale.diffusion.mask_counts import count_weights
 from bd3lm_scale.diffusion.noising import noise_rows, noise_rows_for_evaluation, stream_hash
 from bd3lm_scale.diffusion.process import make_process
-from bd3lm_scale.diffusion.schedule import SCHEDULE_NAMES
+from bd3lm_scale.diffusion.registry import SCHEDULES
 from bd3lm_scale.diffusion.times import draw_times, evaluation_times
 from bd3lm_scale.values import NoisyRows, Rows
 
@@ -147,7 +147,7 @@ def test_masks_are_drawn_anew_for_every_step_draw_row_and_seed():
     assert (agreement - 0.5)[~torch.eye(len(masks), dtype=torch.bool)].abs().max() < 5 * 0.5 / 512**0.5
 
 
-@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_masks_have_the_mask_rate_of_their_block(schedule):
     process = process_for(length=512, block_size=64, schedule=schedule, ignore_bos=False)
     noisy = noise(text(256, 512), process, gbs=256)
@@ -186,7 +186,7 @@ def test_evaluation_leaves_the_first_token_out_only_when_it_is_given():
         torch.testing.assert_close(noisy.weight_BL, weights)  # loglinear, whatever the training schedule
 
 
-@pytest.mark.parametrize("schedule", [*SCHEDULE_NAMES, "scaled"])
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "scaled"])
 def test_full_masking_weighs_one(schedule):
     changes = {"mdlm_loss_scale": True} if schedule == "scaled" else {"schedule": schedule}
     process = process_for(block_size=1, ignore_bos=False, **changes)
@@ -258,7 +258,7 @@ def test_resample_that_can_never_succeed_is_refused():
         noise(text(4), process_for(block_size=1, resample=True), interval=(0.45, 0.95))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_resample_keeps_the_share_between_the_mask_rates_of_the_interval(schedule):
     """Whatever the schedule, and so never in vain: a share that the times of the interval do not give cannot be met."""
     process = process_for("mdlm", length=512, resample=True, ignore_bos=False, schedule=schedule)
@@ -270,7 +270,7 @@ def test_resample_keeps_the_share_between_the_mask_rates_of_the_interval(schedul
     assert share.max() - share.min() > 0.8 * (high - low)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("changes", [{}, {"resample": True}, {"mask_counts": "stratified"}], ids=str)
 def test_counts_and_weights_are_drawn_from_their_law(changes, schedule):
     """Mean of w^q where k tokens are masked: the closed form that the clip search rests on, against drawn noise."""

@@ -8,7 +8,7 @@ import torch
 
 from bd3lm_scale.diffusion.schedule import (
     MIN_MASK_RATE,
-    SCHEDULE_NAMES,
+    SCHEDULES,
     get_schedule,
     sigma_from_mask_rate,
 )
@@ -24,12 +24,12 @@ def golden(*path: str) -> torch.Tensor:
     return torch.tensor(node, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_mask_rates_are_the_published_ones(name):
     torch.testing.assert_close(get_schedule(name).mask_rate(TIMES), golden(name, "move_chance"), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_weight_is_the_log_derivative_of_the_mask_rate(name):
     schedule = get_schedule(name)
     time = torch.linspace(0.002, 1.0, 777, dtype=torch.float64, requires_grad=True)
@@ -38,7 +38,7 @@ def test_weight_is_the_log_derivative_of_the_mask_rate(name):
     torch.testing.assert_close(schedule.loss_weight(time.detach()), slope)
 
 
-@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_time_is_recovered_from_the_mask_rate(name):
     schedule = get_schedule(name)
     time = torch.linspace(0.04, 1.0, 99, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_time_is_recovered_from_the_mask_rate(name):
 
 
 def test_weights_are_the_published_ones_where_those_are_exact():
-    for name in SCHEDULE_NAMES:
+    for name in SCHEDULES:
         schedule, published = get_schedule(name), -golden(name, "loss_scaling")
         rate = schedule.mask_rate(TIMES)
         if name == "cosine":  # published with p + 1e-3 in the denominator

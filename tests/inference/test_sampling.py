@@ -39,6 +39,7 @@ def sample(source, *arguments, output: Path) -> list[dict]:
         ("bd3lm", ["--length", 30, "sampling.sampler=entropy", "sampling.threshold=5"]),
         ("bd3lm", ["--length", 48, "sampling.recompute_window=true"]),
         ("bd3lm", ["--length", 20, "sampling.kv_cache=false"]),
+        ("bd3lm", ["--length", 24, "--sampler", "simplex", "sampling.steps=3"]),
         ("ar", ["--length", 50]),
         ("mdlm", ["--length", 60]),
         ("sedd", ["--length", 32, "sampling.steps=20"]),

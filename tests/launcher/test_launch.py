@@ -3,18 +3,25 @@ had happened. The trainer is a stand-in with the same protocol (tests/runtime/st
 through the same faults under Slurm in test_slurm.py.
 """
 
+import contextlib
+import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from bd3lm_scale.launch import interpreter
 from bd3lm_scale.launcher.policy import (
     Action,
-    Ending,
+    AttemptEnd,
     History,
     Limits,
     choose_nodes,
@@ -35,6 +42,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+PATIENT = ("runtime.silent_seconds=60", "runtime.hang_min_seconds=60")  # where a busy machine must not look like a hang
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
@@ -45,13 +55,13 @@ def config(tmp_path_factory):
 class Run:
     """One launcher process and what it left behind."""
 
-    def __init__(self, config, run_dir, *settings, faults="", nproc=2, options=()):
+    def __init__(self, config, run_dir, *settings, faults="", nproc=2, options=(), environment=()):
         self.run_dir = run_dir
         command = [sys.executable, "-m", "bd3lm_scale.launch", "--nproc-per-node", str(nproc), *options]
         command += ["--backoff-seconds", "0.2", "--stop-seconds", "10", "--", "tests.runtime.stand_in", str(config)]
         command += [f"run_dir={run_dir}", *SETTINGS, *settings]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "BD3LM"))}
-        environment |= {"OMP_NUM_THREADS": "1", "BD3LM_FAULTS": faults}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "BD3LM"))}
+        environment = inherited | {"OMP_NUM_THREADS": "1", "BD3LM_FAULTS": faults, **dict(environment)}
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -155,22 +165,186 @@ def test_stop_saves_and_the_same_command_resumes(config, tmp_path, undisturbed, 
     assert again.attempts == ["0.0", "1.0"]
 
 
-def test_second_launcher_in_the_same_run_folder_refuses(config, tmp_path):
-    first = Run(config, tmp_path / "run", "train.steps=100000")
+def everything_in(run_dir):
+    """Identity and content of every file, but for those that a live run goes on writing."""
+    live = ("metrics.jsonl", "log.txt", "heartbeat", "checkpoints")
+    files = sorted(path for path in run_dir.rglob("*") if path.is_file() and not {*path.parts} & {*live})
+    return [(path, path.stat().st_ino, path.read_bytes()) for path in files if not path.name.startswith(".")]
+
+
+def test_second_launcher_is_refused_at_once_and_the_first_never_notices(config, tmp_path, undisturbed):
+    first = Run(config, tmp_path / "run", "train.steps=100000", *PATIENT)
     first.wait_for_step(3)
-    second = Run(config, tmp_path / "run").finish()
-    assert second.process.returncode == ExitCode.IN_USE
-    assert "in use" in second.output
+    before, log = everything_in(first.run_dir), (first.run_dir / "log.txt").read_text()
+    seconds = [Run(config, tmp_path / "run", "train.steps=50").finish() for _ in range(2)]
+    for second in seconds:
+        assert second.process.returncode == ExitCode.IN_USE, second.output
+        assert f"in use by process {first.process.pid}" in second.output
+    assert everything_in(first.run_dir) == before
+    assert (first.run_dir / "log.txt").read_text() == log
     first.process.send_signal(signal.SIGTERM)
-    assert first.finish().process.returncode == ExitCode.STOPPED
+    assert first.finish().process.returncode == ExitCode.STOPPED, first.output
+    done = min(len(first.losses), STEPS)
+    assert first.losses[:done] == undisturbed[:done]
+    assert first.attempts == ["0.0"]
+
+
+def test_of_launchers_that_start_together_one_runs(config, tmp_path, undisturbed):
+    runs = [Run(config, tmp_path / "run", *PATIENT, faults="slow@step:seconds=0.1") for _ in range(3)]
+    codes = sorted(run.finish().process.returncode for run in runs)
+    assert codes == [0, ExitCode.IN_USE, ExitCode.IN_USE], [run.output for run in runs]
+    assert runs[0].losses == undisturbed
+    assert runs[0].attempts == ["0.0"]
 
 
 def test_launcher_that_was_believed_dead_leaves_the_newer_one_alone(config, tmp_path):
     run = Run(config, tmp_path / "run", "train.steps=100000")
     run.wait_for_step(3)
-    write_json(tmp_path / "run/runtime/attempt.json", {"attempt": "1.0"})  # as the scheduler's second start would
+    newer = {"attempt": "1.0-abcdef", "job": "42", "restarts": 1, "pid": 1, "host": "node7", "machine": "elsewhere"}
+    write_json(run.run_dir / "runtime/lock.1", newer)  # as the scheduler's second start would
     assert run.finish().process.returncode == ExitCode.FENCED, run.output
-    assert read_json(tmp_path / "run/runtime/attempt.json") == {"attempt": "1.0"}
+    assert read_json(run.run_dir / "runtime/lock.1") == newer
+    assert [path.name for path in (run.run_dir / "runtime").glob("lock.*")] == ["lock.1"]
+    assert not (run.run_dir / "runtime/status.json").exists()
+
+
+def test_what_earlier_starts_left_says_nothing_about_this_one(config, tmp_path, undisturbed):
+    """A status and a hang of a start without a launcher, of an older version, of another start of the same number."""
+    runtime = tmp_path / "run" / "runtime"
+    runtime.mkdir(parents=True)
+    for name in ("0.0", "0.0-0123456789ab"):
+        write_json(runtime / "status.json", {"attempt": name, "code": 0, "reason": "done", "step": 10})
+        write_json(runtime / "hang.json", {"attempt": name, "ranks": [1], "text": "long ago"})
+        write_json(runtime / "stop_request.json", {"attempt": name, "reason": "SIGTERM"})
+    write_json(runtime / "preflight.json", {"attempt": "0.0", "bad_nodes": [socket.gethostname()]})
+    run = Run(config, tmp_path / "run", *PATIENT, faults="kill@step=23:rank=0:attempt=0.0").finish()
+    assert run.process.returncode == 0, run.output
+    assert run.losses == undisturbed
+    assert run.attempts == ["0.0", "0.1"]
+    assert "killed by SIGKILL -> restart" in run.output
+
+
+class FullDisk:
+    """While entered, no file of this process, or of those it starts, can grow; children are let off at once."""
+
+    def __init__(self, process):
+        self.process = psutil.Process(process.pid)
+        self.leaving = threading.Event()
+
+    def set(self, process, limit):
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    def let_children_off(self):
+        while not self.leaving.wait(0.01):
+            for child in self.process.children():
+                with contextlib.suppress(ProcessLookupError):
+                    self.set(child, resource.RLIM_INFINITY)
+
+    def __enter__(self):
+        self.set(self.process, 0)
+        threading.Thread(target=self.let_children_off, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.leaving.set()
+        with contextlib.suppress(ProcessLookupError):
+            self.set(self.process, resource.RLIM_INFINITY)
+
+
+@pytest.mark.faults
+def test_full_disk_does_not_end_the_launcher(config, tmp_path, undisturbed):
+    """Nothing that it writes is worth a run: neither which attempt begins, nor its memory, nor a request to stop."""
+    run = Run(config, tmp_path / "run", *PATIENT, faults="slow@step:seconds=0.1")
+    run.wait_for_step(12)
+    with FullDisk(run.process) as disk:
+        disk.process.children()[-1].kill()
+        run.wait_for_step(15)
+    run.process.send_signal(signal.SIGTERM)
+    run.finish()
+    assert run.process.returncode == ExitCode.STOPPED, run.output
+    assert "cannot be written" in run.output
+    assert "bd3lm_scale/launch" not in run.output, "no traceback of the launcher's"
+    assert run.attempts == ["0.0", "0.1"]
+    again = Run(config, tmp_path / "run", *PATIENT, faults="slow@step:seconds=0.1")
+    again.wait_for_step(len(run.losses) + 2)
+    with FullDisk(again.process):
+        again.process.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+        assert again.process.poll() is None, "asked again when there is room"
+    assert again.finish().process.returncode == ExitCode.STOPPED, again.output
+    assert Run(config, tmp_path / "run", *PATIENT).finish().losses == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "resumed_at"),
+    [pytest.param(13, 11, id="before a save"), pytest.param(23, 21, id="after one", marks=pytest.mark.faults)],
+)
+def test_only_the_first_attempt_goes_back(config, tmp_path, undisturbed, killed_at, resumed_at):
+    assert Run(config, tmp_path / "run", *PATIENT).finish().process.returncode == 0
+    fault = f"kill@step={killed_at}:rank=1:attempt=1.0"
+    run = Run(config, tmp_path / "run", *PATIENT, "--checkpoint", "10", faults=fault).finish()
+    assert run.process.returncode == 0, run.output
+    lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").open()]
+    first = {line["attempt"]: line["step"] for line in reversed(lines)}
+    assert first == {"0.0": 1, "1.0": 11, "1.1": resumed_at}
+    assert run.losses == undisturbed
+    names = sorted(path.name for path in (run.run_dir / "checkpoints").iterdir())
+    old = [f"step_000000{step}.abandoned" for step in (20, 30, 40)]
+    assert names == sorted([*old, *(f"step_000000{step}" for step in (10, 20, 30, 40))])
+
+
+@pytest.mark.parametrize("how", ["STOP", signal.SIGTERM])
+def test_a_stop_whose_last_save_fails_is_a_failure(config, tmp_path, how):
+    """85 would promise that nothing is lost; and nobody starts again what was told to stop."""
+    faults = "slow@step:seconds=0.1,error@save:before_manifest"
+    run = Run(config, tmp_path / "run", *PATIENT, "checkpoint.every_steps=1000", faults=faults)
+    run.wait_for_step(3)
+    if how == "STOP":
+        (tmp_path / "run" / "STOP").mkdir()  # a folder is as good as a file
+    else:
+        run.process.send_signal(how)
+    assert run.finish().process.returncode == ExitCode.FAILED, run.output
+    assert run.attempts == ["0.0"]
+
+
+def test_a_stop_file_that_cannot_be_removed_is_named(config, tmp_path):
+    (tmp_path / "run" / "STOP" / "notes").mkdir(parents=True)
+    run = Run(config, tmp_path / "run").finish()
+    assert run.process.returncode == ExitCode.CONFIG
+    assert f"{tmp_path}/run/STOP: asks the run to stop and cannot be removed" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_wrong_command_lines_and_folders_start_nothing(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    runs = {
+        "--bogus": Run(config, tmp_path / "run", "--bogus"),
+        "--checkpoint": Run(config, tmp_path / "run", "--checkpoint", "five"),
+        "'--nproc'": Run(config, tmp_path / "run", options=("--nproc", "2")),
+        "No closing quotation": Run(config, tmp_path / "run", options=("--srun-args=--comment='a",)),
+        "cannot be written": Run(config, tmp_path / "file"),
+        "SLURM_GPUS_ON_NODE": Run(
+            config, tmp_path / "run", nproc=0, environment={"SLURM_GPUS_ON_NODE": "eight"}
+        ),
+    }  # fmt: skip
+    for words, run in runs.items():
+        assert run.finish().process.returncode == ExitCode.CONFIG, (words, run.output)
+        assert words.strip("'") in run.output
+        assert "Traceback" not in run.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_python_in_a_path_with_spaces(config, tmp_path):
+    python = tmp_path / "my programs" / "python 3"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    assert interpreter(str(python)) == [str(python)]
+    assert interpreter("apptainer exec 'my image' python") == ["apptainer", "exec", "my image", "python"]
+    options = ("--python", f"env A_WORD='two words' '{python}'")
+    run = Run(config, tmp_path / "a run", "train.steps=2", nproc=1, options=options).finish()
+    assert run.process.returncode == 0, run.output
 
 
 @pytest.mark.slow
@@ -247,7 +421,7 @@ def test_check_says_what_would_run(config, tmp_path):
     ],
 )
 def test_decisions(code, reason, stop_asked, can_requeue, action):
-    assert decide(Ending(code, reason), stop_asked, can_requeue) is action
+    assert decide(AttemptEnd(code, reason), stop_asked, can_requeue) is action
 
 
 def test_memory_survives_requeues_and_new_checkpoints_clear_it(tmp_path):
@@ -256,12 +430,12 @@ def test_memory_survives_requeues_and_new_checkpoints_clear_it(tmp_path):
     memory.note_checkpoint(10)
     pauses = []
     for number in range(1, 4):
-        assert memory.add_failure(Ending(1, "x", step=12)) == number
+        assert memory.add_failure(AttemptEnd(1, "x", step=12)) == number
         pauses.append(memory.backoff(limits))
         memory = History(tmp_path)
     assert pauses == [0, 2, 4]
     memory.blame_node()
-    assert memory.add_failure(Ending(1, "x")) == 3, "a lost node does not count"
+    assert memory.add_failure(AttemptEnd(1, "x")) == 3, "a lost node does not count"
     memory.note_checkpoint(10)
     assert len(memory.failures) == 4
     memory.note_checkpoint(20)

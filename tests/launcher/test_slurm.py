@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from bd3lm_scale.runtime.exit_codes import ExitCode
+from bd3lm_scale.runtime.lock import owner_of
 from bd3lm_scale.runtime.metrics import read_metrics
-from bd3lm_scale.runtime.run_folder import read_json
 from tests.slurm_cluster.cluster import DONE, Cluster, why_not
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 CHECKPOINT_STEPS = 10
+RESUME_SECONDS = 32  # after a lost host, beyond the time in which Slurm notices (SlurmdTimeout)
 SLOWLY = "slow@step:seconds=0.1"  # so that there is time to break something from outside
 CONFIG = f"""
 run_dir: ???
@@ -54,6 +55,10 @@ def folder():
 
 @pytest.fixture(scope="module")
 def data(folder):
+    return make_data(folder)
+
+
+def make_data(folder):
     """Shards of a few hundred kilobytes of this repository's own source."""
     text = folder / "text"
     text.mkdir()
@@ -251,7 +256,7 @@ def test_chain_of_slots_without_requeue(job, cluster, undisturbed):
     """An array whose elements run one after another; each goes on where the last one stopped."""
     chain = job(faults=SLOWLY, options=("--array=1-3%1",)).submit(REQUEUE="no").wait_for_step(15)
     # what Slurm does before the time limit; its own `scancel --batch` refuses elements of an array (22.05)
-    launcher = read_json(chain.run_dir / "runtime" / "launcher.json")
+    launcher = owner_of(chain.run_dir)
     cluster.signal_process(launcher["node"], launcher["pid"], "USR1")
     deadline = time.monotonic() + 200
     while cluster.slurm("squeue", "--noheader").strip() and time.monotonic() < deadline:
@@ -351,7 +356,7 @@ def test_batch_host_lost(job, cluster, undisturbed, note):
         cluster.set_slurmd_timeout(60)
     ended.check_against(undisturbed)
     assert ended.restarts >= 1
-    assert note(ended) < 90
+    assert note(ended) < 10 + RESUME_SECONDS
 
 
 def test_network_partition_leaves_no_second_writer(job, cluster, undisturbed, note):
@@ -367,7 +372,47 @@ def test_network_partition_leaves_no_second_writer(job, cluster, undisturbed, no
         cluster.set_slurmd_timeout(60)
     ended.check_against(undisturbed)
     assert ended.restarts >= 1
-    note(ended)
+    assert note(ended) < 10 + RESUME_SECONDS
+
+
+def test_a_job_submitted_twice_is_refused_and_the_first_never_notices(job, cluster, undisturbed):
+    """While the first runs, and both released in the same cycle: one owns the run folder from the first file on."""
+    running = job(nodes="2", faults=SLOWLY).submit().wait_for_step(5)
+    first, output = running.number, running.options
+    running.options = ("--nodes=2", "--output=second.out")
+    second = running.submit().number
+    assert cluster.wait(second, 90)["ExitCode"] == f"{ExitCode.IN_USE}:0"
+    assert "is in use by process" in (running.project / "second.out").read_text()
+    running.number, running.options = first, output
+    running.wait().check_against(undisturbed)
+    assert running.attempts == [("0.0", 1)]
+
+
+def test_of_two_jobs_that_start_together_one_runs(job, cluster, undisturbed):
+    running = job(nodes="2")
+    running.options = (*running.options, "--hold")
+    numbers = [running.submit().number]
+    running.options = ("--nodes=2", "--output=second.out", "--hold")
+    numbers.append(running.submit().number)
+    cluster.slurm("scontrol", "release", ",".join(numbers))
+    codes = sorted(int(cluster.wait(number, 150)["ExitCode"].split(":")[0]) for number in numbers)
+    assert codes == [0, ExitCode.IN_USE], running.output
+    running.check_against(undisturbed)
+    assert len({attempt for attempt, _ in running.attempts}) == 1
+
+
+def test_a_requeue_waits_for_the_controller(job, cluster, undisturbed):
+    """slurmctld is away for 40 s, just when the job has saved and wants to go back into the queue."""
+    running = job(faults=SLOWLY).submit().wait_for_step(15)
+    launcher = owner_of(running.run_dir)
+    with cluster.without_controller():
+        cluster.signal_process(launcher["node"], launcher["pid"], "USR1")
+        time.sleep(40)
+    ended = running.wait()
+    ended.check_against(undisturbed)
+    assert ended.restarts == 1
+    assert "Slurm does not answer; trying again" in ended.output
+    assert len(ended.every_line) == STEPS, "nothing is done twice"
 
 
 def test_stop_file_ends_the_run_and_submitting_again_resumes_on_half_the_nodes(job, undisturbed):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from bd3lm_scale.checkpoint.hf.export import export_hf
 from bd3lm_scale.checkpoint.hf.importing import import_hf
@@ -16,6 +17,8 @@ from bd3lm_scale.config.load import from_dict, load_config
 from bd3lm_scale.config.sizes import count, parameters
 from bd3lm_scale.diffusion.loss import score_rows
 from bd3lm_scale.diffusion.noising import given_noise
+from bd3lm_scale.diffusion.visibility import training_visibility
+from bd3lm_scale.model import attention
 from bd3lm_scale.model.denoiser import named_parameters
 from bd3lm_scale.model.fast_decoder import FastDecoder, FastWeights
 from bd3lm_scale.model.inference import CachedDecoder
@@ -83,14 +86,14 @@ def test_parameters_are_those_written_by_hand(variant):
 
 
 @pytest.mark.parametrize(
-    ("objective", "attention"), [("bd3lm", "dense"), ("bd3lm", "chunked"), ("ar", "auto"), ("mdlm", "auto")]
+    ("objective", "backend"), [("bd3lm", "dense"), ("bd3lm", "chunked"), ("ar", "auto"), ("mdlm", "auto")]
 )
-def test_losses_and_gradients_equal_the_plain_decoder(variant, objective, attention):
+def test_losses_and_gradients_equal_the_plain_decoder(variant, objective, backend):
     """fp32 against float64: losses to 1e-5, every gradient to 1e-4 of its size."""
     weights = weights_of(variant)
     if objective == "ar":
         weights = {n: w for n, w in weights.items() if "adaLN" not in n and "sigma_map" not in n}
-    chosen = [f"diffusion.objective={objective}", f"diffusion.block_size={SIZE}", f"model.attention={attention}"]
+    chosen = [f"diffusion.objective={objective}", f"diffusion.block_size={SIZE}", f"model.attention={backend}"]
     engine, arch = engine_with(weights, *overrides(variant), *chosen)
     clean, shown, time = given_rows(SIZE if objective == "bd3lm" else LENGTH)
     noisy = given_noise(clean, shown, time, engine.process, training=True)
@@ -135,6 +138,18 @@ def test_decoding_equals_the_dense_pass(variant, kind, window):
         assert (found[..., MASK] == -torch.inf).all()
         assert (found[..., :MASK] - want).abs().max() < 1e-5 * want.abs().max()
         decoder.commit(text[:, start : start + SIZE])
+
+
+def test_flex_attention_shares_keys_and_values_in_groups(monkeypatch):
+    """Uncompiled, which the CPU can; in CUDA's place."""
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    visibility, draw = training_visibility("bd3lm", LENGTH, SIZE), torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2 * LENGTH, 3, heads, 16, generator=draw) for heads in (4, 2, 2))
+    dense, flex = (
+        attention.AttentionPattern(visibility, backend).attend(query, key, value, LENGTH)
+        for backend in ("dense", "flex")
+    )
+    torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
 
 
 def exported(variant, folder, objective="bd3lm"):

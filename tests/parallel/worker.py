@@ -58,7 +58,9 @@ class RandomStream:
 
     def read(self, index: np.ndarray) -> np.ndarray:
         rows = [np.random.default_rng(int(i)).integers(0, VOCAB - 1, self.context_length) for i in index]
-        return np.stack(rows).astype(np.int64)
+        return np.array(rows, np.int64).reshape(len(index), self.context_length)
+
+    read_held_out = read
 
     def read_held_out(self, position: np.ndarray) -> np.ndarray:
         return self.read(position)
@@ -160,7 +162,7 @@ def record_gradients(overrides: list[str], output: Path, world_size: int) -> Non
     exact = ["optim.beta1=0", "optim.grad_clip=1e9", "optim.warmup_steps=0"]
     config = load_config(ROOT / "configs" / "demo.yaml", [*TINY, *overrides, *exact])
     check(config, world_size, VOCAB)
-    mesh = init_mesh(config.parallel, "cpu", 60)
+    mesh = init_mesh(config.parallel, "cpu", 600)
     engine = build_engine(config, mesh, VOCAB, VOCAB - 1, new_host_group())
     seen: dict[str, list[np.ndarray]] = {name: [] for name, _ in engine.optimizer.named}
     for name, parameter in engine.optimizer.named:
@@ -193,7 +195,7 @@ def run_case(name: str, overrides: list[str], output: Path, world_size: int) -> 
 def _run_case(name: str, overrides: list[str], harms: str, output: Path, world_size: int, saves: bool) -> None:
     config = load_config(ROOT / "configs" / "demo.yaml", [*TINY, *overrides])
     check(config, world_size, VOCAB)
-    mesh = init_mesh(config.parallel, "cpu", 60)
+    mesh = init_mesh(config.parallel, "cpu", 600)
     group = new_host_group()
     engine = build_engine(config, mesh, VOCAB, VOCAB - 1, group)
     policy = AnomalyPolicy(config.runtime)

@@ -15,15 +15,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bd3lm_scale.checkpoint.folders import set_aside_later
 from bd3lm_scale.config.load import load_config
 from bd3lm_scale.errors import ConfigError
 from bd3lm_scale.launcher.policy import newest_checkpoint_step
 from bd3lm_scale.rng import derive_key, uniforms
 from bd3lm_scale.runtime import faults
+from bd3lm_scale.runtime.command_line import parse_train_arguments
 from bd3lm_scale.runtime.exit_codes import ExitCode
+from bd3lm_scale.runtime.lock import RunLock
 from bd3lm_scale.runtime.log import set_up_logging
 from bd3lm_scale.runtime.metrics import MetricsWriter
-from bd3lm_scale.runtime.run_folder import current_attempt, is_fenced, write_json, write_status
+from bd3lm_scale.runtime.run_folder import current_attempt, write_json, write_status
 from bd3lm_scale.runtime.stop import StopRequest
 from bd3lm_scale.runtime.watchdog import Watchdog
 
@@ -43,8 +46,9 @@ def save(run_dir: Path, step: int, weight: float) -> None:
 
 
 def main() -> int:
+    arguments = parse_train_arguments()
     try:
-        config = load_config(sys.argv[1], [word for word in sys.argv[2:] if not word.startswith("--")])
+        config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return ExitCode.CONFIG
@@ -53,12 +57,17 @@ def main() -> int:
         environment.update(RANK=environment["SLURM_PROCID"], WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"])
     rank, world, run_dir = int(environment["RANK"]), int(environment["WORLD_SIZE"]), Path(config.run_dir)
     set_up_logging(run_dir, rank)
+    lock = RunLock(run_dir).join(current_attempt())
     stop = StopRequest(run_dir, config.train.time_limit_minutes, poll_seconds=0.1).install()
     timeout = datetime.timedelta(seconds=config.runtime.collective_timeout_seconds)
     dist.init_process_group("gloo", timeout=timeout)
     dog = Watchdog(run_dir, config.runtime, rank, world).start()
     writer = MetricsWriter(run_dir, enabled=rank == 0)
     step, weight = max(newest_checkpoint_step(run_dir), 0), 0.0
+    if arguments.checkpoint is not None:
+        step = arguments.checkpoint
+        if rank == 0:
+            set_aside_later(run_dir / "checkpoints", step)
     if step:
         found = json.loads((run_dir / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
         weight = found["weight"]
@@ -78,7 +87,7 @@ def main() -> int:
         dog.beat(step)
         must_stop = total[1].item() > 0
         if must_stop or step % config.checkpoint.every_steps == 0 or step == config.train.steps:
-            if is_fenced(run_dir):
+            if not lock.is_held():
                 return ExitCode.FENCED
             if rank == 0:
                 writer.sync()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bd3lm_scale.config.schema import LoggingConfig
-from bd3lm_scale.runtime.metrics import MetricsWriter, read_metrics
+from bd3lm_scale.runtime.metrics import MetricsWriter, read_metrics, run_id
 
 
 def write_steps(run_dir, attempt, steps, offset=0.0):
@@ -120,3 +120,13 @@ def test_wandb_gets_a_copy(tmp_path, monkeypatch):
     assert [(row["train/loss"], row["step"]) for row in Run.rows] == [(0.5, 1), (0.5, 2)]
     assert ids[0] == ids[1]
     assert arguments["config"] == {"seed": 1}
+
+
+@pytest.mark.parametrize("spoilt", ["", "\n", "a/b", "x" * 200, "\x00", "\udcff"])
+def test_a_spoilt_wandb_id_is_made_anew_and_kept(tmp_path, spoilt):
+    kept = run_id(tmp_path)
+    assert run_id(tmp_path) == kept
+    (tmp_path / "wandb_id").write_text(spoilt, errors="surrogateescape")
+    new = run_id(tmp_path)
+    assert new != kept
+    assert run_id(tmp_path) == new

@@ -11,7 +11,7 @@ from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.preflight import NodeReport, judge, table
 from bd3lm_scale.runtime.run_folder import read_json
 
-FIT = [NodeReport(r, f"n{r // 2}", "gpu", 70.0, 500.0, 1000.0, 2.0, "torch 2", "c0de", "c0f1") for r in range(6)]
+FIT = [NodeReport(r, f"n{r // 2}", "gpu", 70.0, 500.0, 1000.0, 2.0, "torch 2", "c0de", "c0f1", 4096) for r in range(6)]
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ FIT = [NodeReport(r, f"n{r // 2}", "gpu", 70.0, 500.0, 1000.0, 2.0, "torch 2", "
         ({"code": "beef"}, "code differ", True),
         ({"config": "beef"}, "config differ", True),
         ({"free_disk_gib": 0.5}, "disk", True),
+        ({"descriptors": 100}, "ulimit -n", True),
         ({"clock": 1060.0}, "clock is +60 s off", False),
         ({"free_memory_gib": 30.0}, "memory", False),
         ({"matmul_ms": 4.0}, "slow", False),

@@ -1,5 +1,6 @@
 """Hangs, with real processes that stop moving."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -121,3 +122,35 @@ def test_diagnosis():
     assert "rank 2 on node1 (step 7, phase step)" in text
     assert diagnose(before, {r: beat(r, 6 if r == 3 else 7, 2) for r in range(4)})[0] == [3]
     assert diagnose(before, {r: beat(r, 7, 2) for r in range(4)})[0] == []
+
+
+@pytest.mark.parametrize("what", ["link", "hard link", "pipe"])
+def test_a_heartbeat_is_never_written_through_what_lies_in_its_place(tmp_path, what):
+    """In a shared run folder somebody's link must not make a rank write over his file; a pipe must not stop it."""
+    precious, place = tmp_path / "precious", tmp_path / "runtime" / "heartbeat" / "rank_00000.json"
+    precious.write_text("x" * 2000)
+    place.parent.mkdir(parents=True)
+    if what == "link":
+        place.symlink_to(precious)
+    elif what == "hard link":
+        place.hardlink_to(precious)
+    else:
+        os.mkfifo(place)
+    Watchdog(tmp_path, RuntimeConfig(), attempt="2.0-ab").start().stop()
+    assert precious.read_text() == "x" * 2000
+    assert place.is_file()
+    assert not place.is_symlink()
+    assert read_beats(tmp_path / "runtime", "2.0-ab")[0].phase == "ended"
+    assert read_beats(tmp_path / "runtime", "2.0-cd") == {}, "another start's of the same number"
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"attempt": "1.0-a"}', '{"attempt": "1.0-a", "alive": "x"}', "[" * 10**5]
+)
+def test_heartbeats_that_are_none_are_passed_over(tmp_path, content):
+    folder = tmp_path / "heartbeat"
+    folder.mkdir()
+    (folder / "rank_00000.json").write_text(content)
+    (folder / "rank_x.json").write_text('{"attempt": "1.0-a"}')
+    os.mkfifo(folder / "rank_00001.json")
+    assert read_beats(tmp_path, "1.0-a") == {}

@@ -12,6 +12,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -126,6 +128,19 @@ class Cluster:
     def plug_in(self, node: str) -> None:
         """The cable is back."""
         must("ip", "link", "set", f"bd-{node}", "up")
+
+    @contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """slurmctld is down meanwhile, and comes back with what it knew."""
+        pid = int((self.folder / "run" / "slurmctld.pid").read_text())
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        try:
+            yield
+        finally:
+            must("slurmctld", env=self.environment)
 
     def signal_process(self, node: str, pid: int, name: str) -> None:
         """Send a signal to a process by its number inside the node."""

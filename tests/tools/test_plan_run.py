@@ -55,6 +55,16 @@ def test_linear_flops_are_two_per_weight_and_position():
     assert plan_run.forward_flops(make("ar"), 128)["head"] == 2 * 31 * 64 * 128
 
 
+def test_flops_of_a_decoder_are_those_of_its_shapes():
+    """Width 64, 4 query heads and 2 of keys and values, each 24 wide, gate and value 96 wide, no conditioning."""
+    config = make(num_kv_heads=2, head_dim=24, mlp="swiglu", ffn_hidden_size=96, adaln=False)
+    forward = plan_run.forward_flops(config, 128)
+    layer = 64 * (4 + 2 * 2) * 24 + 4 * 24 * 64 + 3 * 64 * 96
+    assert forward["linear layers"] == 2 * (3 * 64 * layer - 32 * (layer - 64 * 2 * 2 * 24))
+    assert forward["attention"] == 4 * 4 * 24 * (3 * 32 * 36 - 32 * 36 / 2)
+    assert forward["conditioning"] == 0
+
+
 def test_block_diffusion_costs_between_one_and_two_ar_passes(capsys):
     assert plan_run.main([str(CONFIGS / "owt_110m_block4.yaml"), "--gpus", "8", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)

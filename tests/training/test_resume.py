@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bd3lm_scale.checkpoint.reader import open_checkpoint
+from bd3lm_scale.config.load import load_config
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from tests.training_runs import assert_same_run, attempts_of, losses_of, prepare_tiny_data, rows_of, state_of, stream_of
 
@@ -160,6 +161,20 @@ class TestChoices:
         assert stream_of(tmp_path) == stream_of(straight)
         assert losses_of(tmp_path) == losses_of(straight)
 
+    def test_a_prolonged_cosine_equals_one_that_was_long_from_the_start(self, trainer, tmp_path):
+        """The end of the cosine is that of the first start: not one rate or loss differs, and the log says so."""
+        short, straight = tmp_path / "short", tmp_path / "straight"
+        settings = ("optim.schedule=cosine", "optim.min_lr=1e-3", "diffusion.clip_search.enabled=false")
+        trainer.train(short, *settings, "train.steps=8")
+        job = trainer.train(short, *settings, "train.steps=12")
+        trainer.train(straight, *settings, "train.steps=12", "optim.decay_steps=8")
+        rates = [rows_of(run)[step]["lr"] for run in (short, straight) for step in range(1, 13)]
+        assert rates[:12] == rates[12:]
+        assert rates[7] > 1e-3 == rates[8] == rates[11]
+        assert losses_of(short) == losses_of(straight)
+        assert "cosine ends at step 8" in job.output
+        assert load_config(short / "config.yaml").optim.decay_steps == 8
+
     def test_a_new_run_can_start_from_the_average_of_another(self, trainer, straight, tmp_path):
         settings = (f"train.init_from={straight}", "train.steps=1", "optim.lr=1e-30", "optim.zero_stage=2")
         trainer.train(tmp_path, *settings, world=2)
@@ -206,6 +221,17 @@ class TestRefusals:
         job = trainer.train(run_dir, f"data.path={other}", world=2, expect=ExitCode.CONFIG)
         assert job.output.count("its tokenizer is not the one") == 1
         assert not rows_of(run_dir)
+
+    def test_other_shards_are_refused_and_a_copy_elsewhere_is_not(self, trainer, tiny_data, straight, tmp_path):
+        """The same tokenizer, other text."""
+        other = prepare_tiny_data(tmp_path / "other", seed=1, tokenizer=tiny_data / "tokenizer")
+        run_dir = copy_of(straight, tmp_path / "run", until=10)
+        job = trainer.train(run_dir, f"data.path={other}", world=2, expect=ExitCode.CONFIG)
+        assert job.output.count("its shards are not those step_00000010 was trained with") == 1
+        assert not rows_of(run_dir)
+        moved = shutil.copytree(tiny_data, tmp_path / "moved")
+        trainer.train(run_dir, f"data.path={moved}")
+        assert stream_of(run_dir) == stream_of(straight)[10:]
 
     def test_one_rank_without_data_ends_all_with_its_reason(self, trainer, tmp_path):
         nowhere = tmp_path / "nowhere"

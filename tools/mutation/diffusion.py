@@ -13,12 +13,16 @@ DIFFUSION = (
     *mutants_of(
         f"{_HERE}schedule.py",
         (f"{_TESTS}test_schedule.py",),
+        ("sigma without its cap", "(-torch.log1p(-mask_rate)).clamp(max=MAX_SIGMA)", "-torch.log1p(-mask_rate)"),
+        ("weight p' in place of p'/p", "self.mask_rate_slope(time) / self.mask_rate(time)", "self.mask_rate_slope(time)"),
+    ),
+    *mutants_of(
+        f"{_HERE}schedules/standard.py",
+        (f"{_TESTS}test_schedule.py",),
         ("cosine slope without the inner derivative", "* (math.pi / 2)) * (math.pi / 2),", "* (math.pi / 2)),"),
         ("weight below the floor of a power schedule", "rises = t.pow(exponent) > MIN_MASK_RATE", "rises = t > 0"),
         ("natural logarithm for the log schedule", "lambda t: torch.log1p(t) / math.log(2),", "torch.log1p,"),
-        ("sigma without its cap", "(-torch.log1p(-mask_rate)).clamp(max=MAX_SIGMA)", "-torch.log1p(-mask_rate)"),
         ("MDLM's scale without its margin", '_linear("loglinear", 1.0 - MIN_MASK_RATE)', '_linear("loglinear", 1.0)'),
-        ("weight p' in place of p'/p", "self.mask_rate_slope(time) / self.mask_rate(time)", "self.mask_rate_slope(time)"),
     ),
     *mutants_of(
         f"{_HERE}times.py",

@@ -225,13 +225,19 @@ def config_fields(
 
 
 def chosen_sampler(config: RunConfig, sampler: str | None = None) -> str:
-    """The sampler of `generate`; ValueError where the exported class does not have it."""
+    """The sampler of `generate`; ValueError where the exported class does not have it, or not for this schedule."""
     samplers, name = SAMPLERS[config.diffusion.objective], sampler or config.sampling.sampler
     name = samplers[0] if name == "auto" else name
     if name not in samplers:
         raise ValueError(
             f"sampling.sampler ({name}): the exported class of {config.diffusion.objective} models does not have it; "
             f"choose what generate uses with --sampler {' or '.join(samplers)}"
+        )
+    schedule = config.diffusion.schedule
+    if name == "ancestral" and schedule != "loglinear":
+        raise ValueError(
+            f"diffusion.schedule ({schedule}): the exported class's ancestral sampler follows the loglinear schedule; "
+            f"choose one that needs none, with --sampler {samplers[0]}"
         )
     return name
 

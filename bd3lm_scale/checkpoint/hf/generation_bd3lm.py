@@ -242,10 +242,16 @@ class BlockGeneration:
     def _sigma(self, time_B):
         return sigma_of(time_B) if self.config.time_conditioning else None
 
-    def _denoise(self, tokens_BL, region, cache, time_B, position_B=None):
+    def _logits(self, progress, region, cache, time_B, position_B=None):
+        options = {} if progress.seen_BL is None else {"seen_BL": progress.seen_BL}
+        return self._denoise(progress.tokens_BL, region, cache, time_B, position_B, **options)
+
+    def _denoise(self, tokens_BL, region, cache, time_B, position_B=None, seen_BL=None):
         """Logits (B, S, V) in the region, or (B, V) at one position of it per row; the mask excluded."""
         start = region.window_start if cache is None else region.start
-        hidden, cond = self.encode(tokens_BL[:, start : region.stop], self._sigma(time_B), cache=cache)
+        here = slice(start, region.stop)
+        seen = None if seen_BL is None else seen_BL[:, here]
+        hidden, cond = self.encode(tokens_BL[:, here], self._sigma(time_B), seen, cache=cache)
         h_BSD = hidden[-1][:, region.start - start :]
         if position_B is not None:
             h_BSD = h_BSD[torch.arange(len(position_B), device=h_BSD.device), position_B][:, None]
@@ -264,7 +270,7 @@ class BlockGeneration:
             num_masked_B = masked_BS.sum(1).clamp(min=1)
             time_B = (time_B * draws.uniform(time_B.shape, device) ** (1 / num_masked_B)).float()
             position_B = draws.one_of(masked_BS)
-            logits_BV = self._denoise(progress.tokens_BL, region, cache, time_B, position_B)
+            logits_BV = self._logits(progress, region, cache, time_B, position_B)
             due_BS = masked_BS & (column_S == position_B[:, None])
             logits_RV = logits_BV[masked_BS[rows, position_B]]
             progress.note(region, due_BS, logits_RV, draws.tokens(logits_RV))
@@ -278,7 +284,7 @@ class BlockGeneration:
             if not bool(due_BS.any()):
                 continue  # nothing changes, so the network need not be asked
             time_B = torch.full((len(masked_BS),), left / settings.num_steps, device=masked_BS.device)
-            logits_RV = self._denoise(progress.tokens_BL, region, cache, time_B)[due_BS]
+            logits_RV = self._logits(progress, region, cache, time_B)[due_BS]
             progress.note(region, due_BS, logits_RV, draws.tokens(logits_RV))
             masked_BS = masked_BS & ~due_BS
 
@@ -287,7 +293,7 @@ class BlockGeneration:
         column_S = torch.arange(masked_BS.shape[1], device=masked_BS.device)
         while bool(masked_BS.any()):
             time_B = masked_BS.sum(1) / masked_BS.shape[1]
-            logits_BSV = self._denoise(progress.tokens_BL, region, cache, time_B)
+            logits_BSV = self._logits(progress, region, cache, time_B)
             log_p = logits_BSV.log_softmax(-1)
             if settings.sampler == "confidence":
                 sure_BS, least = log_p.amax(-1).exp(), settings.threshold
@@ -308,7 +314,7 @@ class BlockGeneration:
                 return
             sigma = sigmas[step]
             time_B = torch.full((len(masked_BS),), float(-torch.expm1(-sigma)), device=masked_BS.device)
-            logits_RV = self._denoise(progress.tokens_BL, region, cache, time_B)[masked_BS].double()
+            logits_RV = self._logits(progress, region, cache, time_B)[masked_BS].double()
             draws.check(logits_RV)
             due_BS = masked_BS.clone()
             if step < settings.num_steps:

@@ -3,8 +3,11 @@
 Only config.json and safetensors files are read; code that lies in the folder is never run.
 """
 
+import inspect
 import json
-from collections.abc import Iterator, Sequence
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ PUBLISHED_FIELDS = ("block_size", "vocab_size", "model_length", "hidden_dim", "n
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_PROBLEMS = 40
+MAX_NUMBER = 1 << 62
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 Weights = Iterator[tuple[str, str, Tensor]]
 
@@ -47,41 +53,108 @@ def import_hf(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Weight
     mask, overrides = split_mask_override(overrides)
     if mask is None:
         mask = fields.get("mask_token_id") or default_mask_id(fields["vocab_size"])
-    hf_config = BD3LMConfig(**{**fields, "mask_token_id": mask})
+    hf_config = hf_config_of(source, {**fields, "mask_token_id": mask})
     files = tensor_files(source)
+    if hf_config.n_blocks > len(files):  # before anything of that size is built
+        raise ValueError(f"{source}: n_blocks ({hf_config.n_blocks:,}) with {len(files)} tensors; is it complete?")
     buffers = read_buffers(files)
     config = run_config(hf_config, buffers, source.name, overrides)
     arch = Architecture.of(config, hf_config.vocab_size)
     check_published(files, arch)
     meta = weights_meta(config, hf_config.vocab_size, mask, source.name)
     training = fields.get("training") or {}
-    meta |= {"step": int(training.get("step", 0)), "tokens": int(training.get("tokens", 0))}
+    meta |= {name: _whole_number(source, training, name) for name in ("step", "tokens")}
     return _weights(files, arch), meta
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    """config.json, checked to be of a BD3-LM."""
+    """config.json, checked to be of a BD3-LM and to hold values of the right kinds."""
     path = source / "config.json"
     if not path.is_file():
         raise ValueError(f"{source}: no config.json; give a folder as save_pretrained or to-hf writes it")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    fields = _read_json(path)
+    kind = fields.get("model_type")
     if kind != "bd3lm":
-        raise ValueError(f"{path}: model_type is {kind!r}, another architecture; only bd3lm folders can be imported")
+        raise ValueError(
+            f"{path}: model_type is {reprlib.repr(kind)}, another architecture; only bd3lm folders can be imported"
+        )
     missing = [name for name in PUBLISHED_FIELDS if name not in fields]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; is it complete?")
+    problems = [
+        f"{name} ({reprlib.repr(fields[name])}): not {expected}"
+        for name, (is_right, expected) in FIELD_KINDS.items()
+        if name in fields and not is_right(fields[name])
+    ]
+    if problems:
+        raise ValueError(f"{path}: " + "; ".join(problems))
     return fields
+
+
+def hf_config_of(source: Path, fields: dict[str, Any]) -> BD3LMConfig:
+    """The configuration object of these fields; those that BD3-LM does not know, and auto_map, are left out."""
+    known = {name: value for name, value in fields.items() if name in KNOWN_FIELDS}
+    try:
+        return BD3LMConfig(**known)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ValueError(f"{source / 'config.json'}: {type(error).__name__} {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path}: not valid JSON ({str(error)[:200]})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return found
+
+
+def _whole_number(source: Path, fields: dict[str, Any], name: str) -> int:
+    value = fields.get(name, 0)
+    if not _is_count(value) and value != 0:
+        raise ValueError(f"{source / 'config.json'}: training.{name} ({reprlib.repr(value)}): not a count")
+    return value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_NUMBER
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+COUNT, SHARE, FLAG = (_is_count, "a count"), (_is_number, "a number from 0 to 1"), (_is_flag, "true or false")
+FIELD_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    **dict.fromkeys((*PUBLISHED_FIELDS, "cond_dim", "mlp_ratio"), COUNT),
+    **dict.fromkeys(("dropout", "sampling_eps_min", "sampling_eps_max"), SHARE),
+    **dict.fromkeys(("cross_attn", "adaln", "causal", "time_conditioning", "var_min", "tied_head"), FLAG),
+    "ignore_bos": (lambda value: value is None or _is_flag(value), "true, false or null"),
+    "mask_token_id": (lambda value: value is None or value == 0 or _is_count(value), "an id"),
+    "objective": (lambda value: value is None or isinstance(value, str), "a name"),
+    "training": (lambda value: value is None or isinstance(value, dict), "an object"),
+}
+"""What config.json may hold, as far as anything is built from it."""
+KNOWN_FIELDS = {*inspect.signature(BD3LMConfig.__init__).parameters, *FIELD_KINDS, "dtype", "torch_dtype"}
+KNOWN_FIELDS -= {"self", "kwargs"}
 
 
 def tensor_files(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """Every stored tensor: its file and its shape; headers are read, data is not."""
     if (source / INDEX).is_file():
-        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
-        files = [source / name for name in sorted(set(index["weight_map"].values()))]
+        weight_map = _read_json(source / INDEX).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) and weight_map else [None]
+        odd = [name for name in names if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name)]
+        if odd:
+            raise ValueError(
+                f"{source / INDEX}: weight_map names {reprlib.repr(odd[0])}; not a safetensors file beside it"
+            )
+        files = [source / name for name in sorted(map(str, set(names)))]
     elif (source / WEIGHTS).is_file():
         files = [source / WEIGHTS]
     else:
@@ -90,10 +163,15 @@ def tensor_files(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         raise ValueError(f"{source}: no {WEIGHTS} and no {INDEX}{hint}")
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; fetch it again")
         try:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                    found[name] = (file, tuple(opened.get_slice(name).get_shape()))
+                    stored = opened.get_slice(name)
+                    if stored.get_dtype() not in FLOATS:
+                        raise ValueError(f"{file}: {name[:80]} is {stored.get_dtype()}, not floating-point numbers")
+                    found[name] = (file, tuple(stored.get_shape()))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: unreadable or cut off ({error}); fetch it again") from error
     return found
@@ -105,6 +183,8 @@ def read_buffers(files: dict[str, tuple[Path, tuple[int, ...]]]) -> dict[str, fl
     for name in ("sampling_eps_min", "sampling_eps_max"):
         if name in files:
             with safe_open(files[name][0], "pt") as opened:
+                if files[name][1]:
+                    raise ValueError(f"{files[name][0]}: {name} has shape {files[name][1]}, not one number")
                 buffers[name] = shortest(opened.get_tensor(name))
     return buffers
 

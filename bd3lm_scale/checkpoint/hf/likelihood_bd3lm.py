@@ -186,7 +186,8 @@ class LikelihoodMixin:
             attention_mask: (B, L), 0 for padding.
             labels: (B, L), -100 for tokens that are given, not scored (a prompt); default: all are scored.
             draws: noise draws per row; default: DRAWS.
-            seed: of the noise; the same seed gives the same figures.
+            seed: of the noise; the same seed gives the same figures. A sequence, one per row, makes a row's figure
+                independent of the rows beside it.
 
         Raises:
             ValueError: rows longer than the model's context or without a token to score, masks in the text.
@@ -195,7 +196,7 @@ class LikelihoodMixin:
         is_real_BL = rows.is_real_BL
         with evaluating(self):
             if self.config.objective == "ar":
-                losses = [self.causal_losses(tokens_BL, tokens_BL, counts_BL, is_real_BL)[0]]
+                losses = [self._scored_losses(tokens_BL, tokens_BL, counts_BL, None, None, is_real_BL)]
                 noise = [(None, None, None)]
             else:
                 noise = self._mask_patterns(counts_BL, draws, seed)
@@ -203,8 +204,22 @@ class LikelihoodMixin:
                 for is_masked_BL, rate_BL, time_B in noise:
                     noisy_BL = tokens_BL.masked_fill(is_masked_BL, self.config.mask_token_id)
                     sigma_B = sigma_of(time_B) if self.config.time_conditioning else None
-                    losses.append(self.token_losses(noisy_BL, tokens_BL, counts_BL, rate_BL, sigma_B, is_real_BL)[0])
+                    losses.append(self._scored_losses(noisy_BL, tokens_BL, is_masked_BL, rate_BL, sigma_B, is_real_BL))
         return self._score_output(torch.stack(losses), noise[0][2] is None, counts_BL, rows)
+
+    def _scored_losses(self, noisy_BL, clean_BL, where_BL, rate_BL, sigma_B, attention_mask):
+        """token_losses (causal_losses for ar) of the tokens `where` alone, for which alone the head is computed."""
+        is_causal, is_pair = self.config.objective == "ar", self.config.objective == "bd3lm"
+        tokens = torch.cat([noisy_BL, clean_BL], dim=1) if is_pair else noisy_BL
+        hidden, cond_BC = self.encode(tokens, sigma_B, attention_mask, is_pair)
+        row_R, column_R = where_BL.nonzero(as_tuple=True)
+        h_R1D = hidden[-1][row_R, column_R - int(is_causal)][:, None]
+        logits_RV = self.backbone.output_layer(h_R1D, None if cond_BC is None else cond_BC[row_R])[:, 0]
+        per_token = self.score_entropy if self.config.objective == "sedd" else self.cross_entropy
+        loss_BL = torch.zeros(clean_BL.shape, device=logits_RV.device)
+        loss_R = per_token(logits_RV, clean_BL[where_BL])
+        loss_BL[where_BL] = loss_R if rate_BL is None else loss_R / rate_BL[where_BL]
+        return loss_BL
 
     def _to_score(self, input_ids, attention_mask, labels, draws):
         """Aligned rows, their tokens and which of these are scored; ValueError for what cannot be scored."""
@@ -280,16 +295,33 @@ class LikelihoodMixin:
             for is_masked, rate, time in self._drawn_patterns(counts_BNS.cpu(), num_BN1.cpu(), draws or DRAWS, seed)
         ]
 
-    @staticmethod
-    def _drawn_patterns(counts_BNS, num_BN1, draws, seed):
-        generator = torch.Generator().manual_seed(seed)
-        stratum_JBN1 = torch.rand(draws, *num_BN1.shape, generator=generator).argsort(0)
-        for stratum_BN1 in stratum_JBN1:
-            where = (stratum_BN1 + torch.rand(num_BN1.shape, generator=generator, dtype=torch.float64)) / draws
-            k_BN1 = 1 + (where * num_BN1).long().clamp(max=(num_BN1 - 1).clamp(min=0))
-            key_BNS = torch.rand(counts_BNS.shape, generator=generator, dtype=torch.float64)
+    def _drawn_patterns(self, counts_BNS, num_BN1, draws, seed):
+        where_JBN, key_JBNS = self._uniforms(counts_BNS.shape, draws, seed)
+        stratum_JBN = where_JBN.argsort(0)
+        for j in range(draws):
+            where_BN1 = ((stratum_JBN[j] + key_JBNS[j, ..., -1]) / draws)[..., None]
+            k_BN1 = 1 + (where_BN1 * num_BN1).long().clamp(max=(num_BN1 - 1).clamp(min=0))
+            key_BNS = key_JBNS[j, ..., :-1]
             ordered_BNS = key_BNS.masked_fill(~counts_BNS, 2.0).sort(-1).values
             time_BN1 = ordered_BNS.gather(-1, k_BN1 - 1)
             time_BN1 = torch.where(num_BN1 > 0, time_BN1, key_BNS[..., :1])
             rate_BN1 = k_BN1 / num_BN1.clamp(min=1)
             yield counts_BNS & (key_BNS <= time_BN1), rate_BN1.float(), time_BN1[:, 0, 0].float()
+
+    def _uniforms(self, shape, draws, seed):
+        """Uniform numbers per block (J, B, N) and per token, with one more per block, (J, B, N, S + 1), float64."""
+        rows, blocks, size = shape
+        rand = lambda generator, *s: torch.rand(*s, generator=generator, dtype=torch.float64)  # noqa: E731
+        if not hasattr(seed, "__len__"):
+            generator = torch.Generator().manual_seed(seed)
+            return rand(generator, draws, rows, blocks), rand(generator, draws, rows, blocks, size + 1)
+        if len(seed) != rows:
+            raise ValueError(f"seed: {len(seed)} seeds for {rows} rows; give one for each, or a single one")
+        where, keys = [], []
+        most = 2 * self.config.model_length  # whatever the rows are padded to
+        for own in seed:
+            generator = torch.Generator().manual_seed(int(own))
+            where.append(rand(generator, draws, most)[:, :blocks])
+            inside = rand(generator, draws, most)[:, : blocks * size].unflatten(1, (blocks, size))
+            keys.append(torch.cat([inside, rand(generator, draws, most)[:, :blocks, None]], dim=-1))
+        return torch.stack(where, dim=1), torch.stack(keys, dim=1)

@@ -51,6 +51,8 @@ class GenerationState:
         prompt_B: tokens given.
         open_BL: bool, columns to write.
         end_B: a row's tokens when it is finished.
+        seen_BL: bool, columns of a row's own text, where the network would also see those behind a shorter row's end;
+            None where it does not.
         log_prob_BL: of the tokens written.
     """
 
@@ -73,6 +75,8 @@ class GenerationState:
         column_L = torch.arange(length, device=given_BN.device)
         is_inside_BL = column_L < self.end_B[:, None]
         self.open_BL = is_inside_BL & (self.tokens_BL == config.mask_token_id)
+        reads_both_ways = config.attention_block is None and bool((self.end_B != self.end_B[0]).any())
+        self.seen_BL = is_inside_BL if reads_both_ways else None
         self.log_prob_BL = torch.zeros(self.tokens_BL.shape, device=given_BN.device)
         if streamer is not None:
             streamer.put(given_BN.cpu())

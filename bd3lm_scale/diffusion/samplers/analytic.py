@@ -21,6 +21,7 @@ from bd3lm_scale.diffusion.samplers.blocks import Batch
 from bd3lm_scale.diffusion.samplers.protocols import FullSequenceDenoiser
 from bd3lm_scale.diffusion.samplers.request import BlockTask, SampleRequest, SampleResult, position_uniforms
 from bd3lm_scale.diffusion.samplers.reveal import Reveal, pack_positions, write_tokens
+from bd3lm_scale.diffusion.samplers.sampler import OnProgress, SamplerSettings
 from bd3lm_scale.diffusion.schedule import Schedule
 
 LAST_TIME = 1e-5
@@ -94,3 +95,10 @@ def _reveals(
     hit_BI = np.zeros(masked.is_real_BI.shape, dtype=bool)
     hit_BI[rows, columns] = when_BL[rows, places] >= survival_BL[rows, places]
     return hit_BI
+
+
+def sample_sedd(
+    network: FullSequenceDenoiser, request: SampleRequest, settings: SamplerSettings, on_progress: OnProgress = None
+) -> SampleResult:
+    """The sampler `analytic`."""
+    return sample_analytic(network, request, settings.schedule, settings.steps, on_progress)

@@ -12,6 +12,7 @@ import torch
 from bd3lm_scale.diffusion.samplers.protocols import BlockDenoiser
 from bd3lm_scale.diffusion.samplers.request import BlockTask, FilledBlock
 from bd3lm_scale.diffusion.samplers.reveal import fill_in_order
+from bd3lm_scale.diffusion.samplers.sampler import by_blocks
 from bd3lm_scale.diffusion.schedule import Schedule, get_schedule
 
 
@@ -40,3 +41,6 @@ class Ancestral:
         inner_times = torch.arange(1, self.steps, dtype=torch.float64) / self.steps
         edges = self.schedule.mask_rate(inner_times).numpy()
         return np.searchsorted(edges, when_BS, side="right")
+
+
+SAMPLER = by_blocks(lambda settings: Ancestral(settings.steps, settings.schedule))

@@ -12,6 +12,7 @@ from bd3lm_scale.diffusion.samplers.blocks import Batch
 from bd3lm_scale.diffusion.samplers.filtering import draw_tokens, log_probabilities
 from bd3lm_scale.diffusion.samplers.protocols import NextToken
 from bd3lm_scale.diffusion.samplers.request import SampleRequest, SampleResult, position_uniforms
+from bd3lm_scale.diffusion.samplers.sampler import OnProgress, SamplerSettings
 
 _POSITIONS_DRAWN_TOGETHER = 64
 
@@ -60,3 +61,10 @@ def sample_next_tokens(
 
 def _on_device(request: SampleRequest, tokens: np.ndarray) -> torch.Tensor:
     return torch.as_tensor(tokens, device=request.device)
+
+
+def sample_ar(
+    network: NextToken, request: SampleRequest, settings: SamplerSettings, on_progress: OnProgress = None
+) -> SampleResult:
+    """The sampler `ar`: no setting of the run matters to it."""
+    return sample_next_tokens(network, request, on_progress)

@@ -8,6 +8,7 @@ Shapes: B rows, S positions of a block, I masked positions (padded to the widest
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor
 from bd3lm_scale.diffusion.samplers.protocols import BlockDenoiser
 from bd3lm_scale.diffusion.samplers.request import BlockTask, FilledBlock
 from bd3lm_scale.diffusion.samplers.reveal import Reveal, pack_positions, write_tokens
-
-RULES = ("confidence", "entropy")
+from bd3lm_scale.diffusion.samplers.sampler import by_blocks
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,8 @@ class Parallel:
         threshold: least probability, or greatest entropy in nats.
     """
 
-    rule: str
+    rule: Literal["confidence", "entropy"]
     threshold: float
-
-    def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ValueError(
-                f"sampling.sampler ({self.rule}): not a rule of parallel decoding; use {' or '.join(RULES)}"
-            )
 
     def __call__(self, denoiser: BlockDenoiser, task: BlockTask) -> FilledBlock:
         """Fill a block, several positions per call where the network is sure."""
@@ -71,3 +65,7 @@ class Parallel:
 def entropy(log_p: Tensor) -> Tensor:
     """Entropy in nats over the last dimension; impossible tokens (-inf) count nothing."""
     return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(dim=-1)
+
+
+CONFIDENCE = by_blocks(lambda settings: Parallel("confidence", settings.threshold))
+ENTROPY = by_blocks(lambda settings: Parallel("entropy", settings.threshold))

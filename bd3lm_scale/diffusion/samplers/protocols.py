@@ -57,3 +57,16 @@ class SimplexDenoiser(Context, Protocol):
     def denoise(self, simplex_BSV: Tensor, time_B: Tensor) -> Tensor:
         """Logits (B, S, V) from probabilities (B, S, V) at diffusion time in (0, 1]."""
         ...
+
+
+class SimplexNetwork(Context, Protocol):
+    """A block denoiser that also reads distributions over ids."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        ...
+
+    def denoise_simplex(self, simplex_BSV: Tensor) -> Tensor:
+        """Logits (B, S, V) of the block after the context."""
+        ...

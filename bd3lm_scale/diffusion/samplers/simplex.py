@@ -2,7 +2,10 @@
 
 Tokens are points of {-K, +K}^V. A block starts as Gaussian noise of scale K; each of T steps reads the softmax of the
 noisy point, projects the predicted distribution back to almost-one-hot points and noises these to the next level
-(Algorithm 2 of the paper). The last step's draw gives the tokens. It is here as a baseline of generation.
+(Algorithm 2 of the paper). The last step's draw gives the tokens.
+
+`sampling.sampler=simplex` runs it on a block-diffusion model: the network reads each position's mean embedding under
+its distribution, as SSD-LM's does. A model trained by masking has never seen such mixtures.
 
 Shapes: B rows, S tokens in a block, R = B*S, V vocabulary.
 """
@@ -14,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bd3lm_scale.diffusion.samplers.blocks import BlockPlan, sample_blocks
 from bd3lm_scale.diffusion.samplers.filtering import draw_tokens, filtered_probabilities
-from bd3lm_scale.diffusion.samplers.protocols import SimplexDenoiser
-from bd3lm_scale.diffusion.samplers.request import BlockTask, FilledBlock
+from bd3lm_scale.diffusion.samplers.protocols import SimplexDenoiser, SimplexNetwork
+from bd3lm_scale.diffusion.samplers.request import BlockTask, FilledBlock, SampleRequest, SampleResult
+from bd3lm_scale.diffusion.samplers.sampler import OnProgress, SamplerSettings
 from bd3lm_scale.rng import derive_key, uniforms
 
 PROJECTIONS = ("sampling", "multi_hot", "greedy")
@@ -89,6 +94,26 @@ class SimplexDiffusion:
         """One number per position and step, (R,)."""
         count = task.is_masked_BS.shape[1]
         return np.concatenate([uniforms(derive_key(key, "token", step), count) for key in task.keys])
+
+
+class _WithoutTime:
+    """The SimplexDenoiser of a network that is not told the time."""
+
+    def __init__(self, network: SimplexNetwork) -> None:
+        self.network = network
+        self.commit, self.keep_rows = network.commit, network.keep_rows
+
+    def denoise(self, simplex_BSV: Tensor, time_B: Tensor) -> Tensor:
+        return self.network.denoise_simplex(simplex_BSV)
+
+
+def sample_simplex(
+    network: SimplexNetwork, request: SampleRequest, settings: SamplerSettings, on_progress: OnProgress = None
+) -> SampleResult:
+    """The sampler `simplex`."""
+    fill = SimplexDiffusion(settings.steps, network.vocab_size)
+    plan = BlockPlan(settings.block_size, settings.block_size, settings.commit_runs_network)
+    return sample_blocks(_WithoutTime(network), fill, request, plan, on_progress)
 
 
 def signal_share(time: float) -> float:

@@ -87,7 +87,7 @@ def test_sedd_analytic_sampler_unmasks_at_the_processs_rate():
     seen = []
     exact = torch.full((30,), 1 / 29).log() + torch.log(torch.tensor(29.0))
 
-    def scores(tokens_BL, region, cache, time_B):
+    def scores(tokens_BL, region, cache, time_B, position_B):
         seen.append((float(time_B[0]), float((tokens_BL == 29).float().mean())))
         return model._without_mask(exact.expand(*tokens_BL.shape, 30).clone())
 

@@ -16,6 +16,7 @@ from bd3lm_scale.diffusion.samplers.mdlm import WindowDenoiser, window_plan
 from bd3lm_scale.diffusion.samplers.parallel import Parallel
 from bd3lm_scale.diffusion.samplers.request import FilledBlock, SampleRequest, position_uniforms
 from bd3lm_scale.diffusion.samplers.reveal import reveal_steps
+from bd3lm_scale.diffusion.samplers.sampler import get_sampler
 from bd3lm_scale.diffusion.samplers.simplex import SimplexDiffusion
 from bd3lm_scale.diffusion.samplers.stopping import StopRule, unigram_entropy
 from bd3lm_scale.diffusion.schedule import get_schedule
@@ -313,7 +314,7 @@ def test_impossible_requests_are_refused():
     with pytest.raises(ValueError, match=r"sampling\.steps"):
         Ancestral(0)
     with pytest.raises(ValueError, match=r"sampling\.sampler"):
-        Parallel("luck", 0.5)
+        get_sampler("luck")
     with pytest.raises(ValueError, match="one for each"):
         request(sample_index=(1,))
     assert encode(torch.zeros(2, 0, dtype=torch.int64)).tolist() == [1, 1]
