@@ -80,7 +80,7 @@ def train_step(
     policy: AnomalyPolicy,
     *,
     raise_flags: Callable[[], Sequence[int]] = tuple,
-    waiting: Callable[[], None] | None = None,
+    waiting: Callable[[], object] = bool,
 ) -> StepOutcome:
     """Update the model on one global batch.
 
@@ -107,18 +107,15 @@ def train_step(
 
     poison = float("nan") if faults.point("loss", step) else 1.0
     flags = raise_flags()
-    if waiting is not None:
-        waiting()
-    own_loss, own_hash = 0.0, 0
-    if engine.reports_loss:
-        own_loss, own_hash = sum(s.weighted_nll for s in sums), noised.stream_hash
+    waiting()
+    own_loss = sum(s.weighted_nll for s in sums) if engine.reports_loss else 0.0
+    own_hash = noised.stream_hash if engine.reports_loss else 0
     total = DeviceSum([own_loss * poison], [own_hash, *flags], engine.mesh.world_size, engine.mesh.device)
 
     lr = learning_rate(step, config.optim, config.train.steps)
     limit = policy.loss_limit()
 
     def discard() -> Tensor:
-        """AdamW asks on the device, once the gradients are reduced: `policy.suspicion` of the loss."""
         loss = total.on_device()[0] / tokens
         return ~(loss.isfinite() & (loss <= limit))
 

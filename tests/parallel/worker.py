@@ -62,9 +62,6 @@ class RandomStream:
 
     read_held_out = read
 
-    def read_held_out(self, position: np.ndarray) -> np.ndarray:
-        return self.read(position)
-
 
 def batches_of(config: RunConfig, mesh: Mesh, step: int) -> list[Rows]:
     size = config.train.global_batch_size
