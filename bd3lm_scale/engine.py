@@ -128,9 +128,15 @@ class MicroBatch:
     dropout_key: Tensor | None
 
     def on(self, device: torch.device) -> "MicroBatch":
-        """The same with what a forward pass needs on the device."""
-        read = {name: _move(getattr(self.noisy, name), device) for name in ("input_BP", "sigma_B", "weight_BL")}
-        rows = {name: _move(getattr(self, name), device) for name in ("index_R", "target_R", "is_real_R")}
+        """The same with what a forward pass needs on the device, copied while the host goes on."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        read = {name: move(getattr(self.noisy, name)) for name in ("input_BP", "sigma_B", "weight_BL")}
+        rows = {name: move(getattr(self, name)) for name in ("index_R", "target_R", "is_real_R")}
         return replace(self, noisy=replace(self.noisy, **read), **rows)
 
 
@@ -194,7 +200,7 @@ def forward_step(
     """
     batch = next(batches)
     inputs = (batch.noisy.input_BP, batch.noisy.sigma_B, batch.dropout_key, batch.index_R, batch.target_R)
-    out = chunk(*inputs) if engine.optimizer is None else engine.optimizer(chunk.number, *inputs)
+    out = chunk(*inputs) if engine.optimizer is None else engine.optimizer.forward(chunk.number, *inputs)
     return out, partial(scale_loss, engine.process, batch, loss_scale)
 
 
@@ -202,10 +208,6 @@ def scale_loss(process: Process, batch: MicroBatch, loss_scale: float, out: Tens
     """(what the schedule differentiates, what it reports) from the head's (2, R) logits and log-sum-exps."""
     sums = score_rows(HeadRows(out[0], out[1], batch.index_R, batch.is_real_R), batch.noisy, process)
     return (sums.weighted_nll * loss_scale).float(), replace(sums, weighted_nll=sums.weighted_nll.detach())
-
-
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def sum_over_ranks(engine: Engine, floats: Sequence[float], integers: Sequence[int]) -> tuple[list[float], list[int]]:

@@ -60,6 +60,7 @@ class Denoiser(MegatronModule):
         self.number = virtual_stage or 0  # among this rank's chunks
         self.share_embeddings_and_output_weights = config.tie_embeddings
         self.layer_offset = get_transformer_layer_offset(config, virtual_stage, pipeline_rank)
+        self.has_conditioning = config.uses_adaln
         self.carries_conditioning = config.uses_adaln and config.pipeline_model_parallel_size > 1
         group = pipeline.tensor_group()
         if has_embedding:
@@ -84,6 +85,10 @@ class Denoiser(MegatronModule):
         )
         if has_head:
             self.head = Head(config, group)
+        position = torch.arange(config.context_length)
+        if config.sequence_length == 2 * config.context_length:
+            position = torch.cat([position, position])  # both halves stand at the same places
+        self.register_buffer("training_rotary", self.rotary(position), persistent=False)
 
     def set_visibility(self, visibility: Visibility) -> None:
         """Say who sees whom; one prepared pattern serves all layers."""
@@ -115,15 +120,12 @@ class Denoiser(MegatronModule):
         """
         batch, length = input_BP.shape[0], self.config.context_length
         hidden, conditioning = self._enter(input_BP, sigma_B)
-        position = torch.arange(length, device=input_BP.device)
-        if self.config.sequence_length == 2 * length:
-            position = torch.cat([position, position])  # both halves have the same positions
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             context=conditioning,
             context_mask=dropout_key,
-            rotary_pos_emb=self.rotary(position),
+            rotary_pos_emb=self.training_rotary,
         )
         if not self.post_process:
             return self._leave(hidden, conditioning)
@@ -149,7 +151,7 @@ class Denoiser(MegatronModule):
 
     def tied_weight(self) -> Tensor | None:
         """The embedding, where the head shares it on this very rank."""
-        return self.embedding.weight if self.config.tie_embeddings and self.pre_process else None
+        return self.embedding.weight if self.share_embeddings_and_output_weights and self.pre_process else None
 
     def embed(self, input_BP: Tensor) -> Tensor:
         """(P, B, D) fp32 residual stream, a shard of P under sequence parallelism."""
@@ -160,7 +162,7 @@ class Denoiser(MegatronModule):
 
     def condition(self, sigma_B: Tensor) -> Tensor | None:
         """(B, C) conditioning; a learned constant unless time conditioning is on; None without adaLN."""
-        if not self.config.uses_adaln:
+        if not self.has_conditioning:
             return None
         return self.time_embedding(sigma_B if self.config.time_conditioning else torch.zeros_like(sigma_B))
 

@@ -20,7 +20,7 @@ from bd3lm_scale.parallel.mesh import Mesh
 from bd3lm_scale.parallel.mpu import ModelParallelUnit
 from bd3lm_scale.parallel.pipeline import embedding_group, tensor_group
 from bd3lm_scale.parallel.shards import description_of, state_slice
-from bd3lm_scale.parallel.sums import HostCopy
+from bd3lm_scale.parallel.sums import host_copy
 from bd3lm_scale.values import StateSlice
 
 
@@ -54,15 +54,12 @@ class ZeroOptimizer:
         self._mark_tied_copy()
         self._sum_sequence_parallel_gradients()
         self.engine, self.inner = self._start_engine(module, precision, micro_batch_size)
+        self.forward: Callable[..., Tensor] = self.engine  # ZeRO-2 and 3 rely on its hooks
         self.adam: AdamWithEma = self.inner.optimizer
         for partition in self._partitions():
             self.adam.prepare(partition)
         if self.stage == 2 and mesh.pipeline_size > 1:
             module.register_forward_hook(self._rearm_before_backward)
-
-    def __call__(self, *args: Any) -> Tensor:
-        """Forward through the engine, whose hooks ZeRO-2 and 3 rely on."""
-        return self.engine(*args)
 
     def step(self, lr: float, discard: Callable[[], Tensor] | None = None) -> float:
         """Reduce the accumulated gradients, clip, update, publish the new weights.
@@ -78,14 +75,26 @@ class ZeroOptimizer:
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.ema_decay = ema_decay_at(self.updates + 1, self.config.ema_decay)
-        decision = _Decision(self.inner, discard)
-        self.adam.discard = decision
+        decision: list[Tensor] = []
+        copies: list[Callable[[], list[float]]] = []
+
+        def decide() -> Tensor:
+            """Asked by Adam for each partition; DeepSpeed knows the norm by then, and no update is queued yet."""
+            if not decision:
+                norm = torch.as_tensor(self.inner._global_grad_norm, dtype=torch.float64).reshape(())
+                dropped = torch.zeros_like(norm, dtype=torch.bool) if discard is None else discard().reshape(())
+                decision.append(dropped)
+                copies.append(host_copy(torch.stack([norm, dropped.double()])))
+            return decision[0]
+
+        self.adam.discard = decide
         if self._tied and self.mesh.pipeline_size > 1:
             self._sum_tied_gradients()
         self.engine.step()
         if self.inner.overflow:
             return math.inf
-        grad_norm, was_dropped = decision.on_host()
+        decide()
+        grad_norm, was_dropped = copies[0]()  # queued before the update: the host does not wait for that
         self.updates += not was_dropped
         return grad_norm
 
@@ -233,29 +242,6 @@ class ZeroOptimizer:
         """First and last stage add their gradients of a tied embedding, and so stay equal."""
         for parameter in self._tied:
             dist.all_reduce(self.gradient(parameter), group=embedding_group())
-
-
-class _Decision:
-    """Whether this step's update is dropped, and its gradient's norm: on the device for Adam, then on the host."""
-
-    def __init__(self, inner: Any, discard: Callable[[], Tensor] | None) -> None:
-        self._inner, self._discard = inner, discard
-        self._dropped: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        """Asked by Adam for each partition; DeepSpeed knows the norm by then, and no update is queued yet."""
-        if self._dropped is None:
-            norm = torch.as_tensor(self._inner._global_grad_norm, dtype=torch.float64)
-            dropped = norm.new_zeros((), dtype=torch.bool) if self._discard is None else self._discard()
-            self._dropped = dropped.reshape(())
-            self._copy = HostCopy(torch.stack([norm.reshape(()), self._dropped.double()]))
-        return self._dropped
-
-    def on_host(self) -> tuple[float, bool]:
-        """(norm, whether the update was dropped); without waiting for the update itself."""
-        self()
-        norm, dropped = self._copy.values()
-        return norm, bool(dropped)
 
 
 def engine_config(config: OptimConfig, precision: str, micro_batch_size: int) -> dict[str, Any]:

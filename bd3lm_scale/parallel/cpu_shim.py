@@ -19,6 +19,8 @@ class _CpuTorch(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("torch")
+        own = vars(type(self))
+        self.__dict__.update({name: value for name, value in vars(torch).items() if name not in own})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

@@ -1,6 +1,6 @@
 """Small sums over all ranks: on the host's group where the host waits, on the device's where it goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,23 +9,20 @@ from torch import Tensor
 _SHIFTS = (0, 16, 32, 48)
 
 
-class HostCopy:
-    """A device tensor on its way to the host: the copy is queued now, and read when it is needed."""
+def host_copy(tensor: Tensor) -> Callable[[], list[float]]:
+    """Queue a copy to the host now; the returned function gives the numbers, and waits for nothing queued later."""
+    if not tensor.is_cuda:
+        return tensor.tolist
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._copied = None
-        self._host = tensor
-        if tensor.is_cuda:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+    def values() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
 
-    def values(self) -> list[float]:
-        """The numbers; waits for what was queued before the copy, and for nothing after it."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._host.tolist()
+    return values
 
 
 class DeviceSum:
@@ -54,7 +51,7 @@ class DeviceSum:
         self._copy = None
         if device.type == "cuda":
             self.on_device()
-            self._copy = HostCopy(self._total)
+            self._copy = host_copy(self._total)
 
     def on_device(self) -> Tensor:
         """The floats' sums, float64, on the device."""
@@ -66,7 +63,7 @@ class DeviceSum:
     def on_host(self) -> tuple[list[float], list[int]]:
         """Both sums; the integers lie in [0, 2^64)."""
         self.on_device()
-        values = self._total.tolist() if self._copy is None else self._copy.values()
+        values = self._total.tolist() if self._copy is None else self._copy()
         return values[: self._num_floats], join_integers(values[self._num_floats :])
 
 

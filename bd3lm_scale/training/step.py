@@ -80,7 +80,7 @@ def train_step(
     policy: AnomalyPolicy,
     *,
     raise_flags: Callable[[], Sequence[int]] = tuple,
-    waiting: Callable[[], None] = lambda: None,
+    waiting: Callable[[], object] = bool,
 ) -> StepOutcome:
     """Update the model on one global batch.
 
@@ -108,15 +108,19 @@ def train_step(
     poison = float("nan") if faults.point("loss", step) else 1.0
     flags = raise_flags()
     waiting()
-    own_loss, own_hash = 0.0, 0
-    if engine.reports_loss:
-        own_loss, own_hash = sum(s.weighted_nll for s in sums), noised.stream_hash
+    own_loss = sum(s.weighted_nll for s in sums) if engine.reports_loss else 0.0
+    own_hash = noised.stream_hash if engine.reports_loss else 0
     total = DeviceSum([own_loss * poison], [own_hash, *flags], engine.mesh.world_size, engine.mesh.device)
 
     lr = learning_rate(step, config.optim, config.train.steps)
     limit = policy.loss_limit()
+
+    def discard() -> Tensor:
+        loss = total.on_device()[0] / tokens
+        return ~(loss.isfinite() & (loss <= limit))
+
     faults.point("optimizer", step)
-    grad_norm = optimizer.step(lr, discard=lambda: is_anomalous(total.on_device()[0] / tokens, limit))
+    grad_norm = optimizer.step(lr, discard)
     faults.point("updated", step)
     (loss_sum,), (stream, *votes) = total.on_host()
     verdict = policy.observe(step, loss_sum / tokens, grad_norm)
@@ -132,8 +136,3 @@ def train_step(
         was_skipped=verdict != OK,
     )
     return StepOutcome(report, verdict, tuple(votes))
-
-
-def is_anomalous(loss: Tensor, limit: float) -> Tensor:
-    """AnomalyPolicy.suspicion of a loss on the device, so that the update can be dropped without asking the host."""
-    return ~(loss.isfinite() & (loss <= limit))

@@ -4,6 +4,10 @@ from mutation.mutant import mutants_of
 
 _ORDER = "tests/data/test_order.py::"
 _STORE = "tests/checkpoint/test_store.py::"
+_CUT = (
+    "tests/test_power_cut.py::test_every_cut_resumes_to_the_undisturbed_run",
+    "tests/test_power_cut.py::test_no_cut_leaves_a_file_that_a_later_start_cannot_use",
+)
 _ROWS = f"{_ORDER}test_rows_are_permuted_anew_in_every_window_epoch_and_source"
 
 STATE = (
@@ -59,6 +63,7 @@ STATE = (
     *mutants_of(
         "bd3lm_scale/checkpoint/files.py",
         ("tests/checkpoint/test_damage.py::test_damage_table",),
+        ("a data file not durable", "        os.fsync(file.fileno())\n    return DataFile(", "    return DataFile(", *_CUT),
         ("checksums not compared", "return None if found == sha256 else", "return None if True else"),
         (
             "sizes not compared",
@@ -69,7 +74,7 @@ STATE = (
     *mutants_of(
         "bd3lm_scale/checkpoint/folders.py",
         (f"{_STORE}test_keep_last_and_keep_every",),
-        ("one checkpoint too few is kept", "past[max(1, keep_last) :]", "past[max(1, keep_last - 1) :]"),
+        ("one checkpoint too few is kept", "list_steps(folder)[max(1, keep_last) :]", "list_steps(folder)[max(1, keep_last - 1) :]"),
         ("keep_every ignored", "if not (keep_every and number % keep_every == 0):", "if True:"),
         (
             "the future of an abandoned line stays",
@@ -78,8 +83,13 @@ STATE = (
         ),
         (
             "a replaced checkpoint does not come back",
-            "            path.rename(original)", "            shutil.rmtree(path)",
+            "            rename(path, original)", "            shutil.rmtree(path)",
             f"{_STORE}test_death_between_the_two_renames_of_a_replacement_loses_nothing",
+        ),
+        (
+            "leftovers of dead saves stay",
+            "shutil.rmtree(left, ignore_errors=True)", "pass",
+            f"{_STORE}test_leftovers_of_dead_saves_are_ignored_and_removed",
         ),
     ),
     *mutants_of(
@@ -89,10 +99,6 @@ STATE = (
             "an asynchronous save without a copy",
             "return boxes, self._copy(runs) if self.config.asynchronous else runs", "return boxes, runs",
         ),
-        (
-            "leftovers of dead saves stay",
-            "                    shutil.rmtree(left, ignore_errors=True)", "                    pass",
-            f"{_STORE}test_leftovers_of_dead_saves_are_ignored_and_removed",
-        ),
+        ("a checkpoint's entries not durable before its name", "                sync_folder(folder)\n", "", *_CUT),
     ),
 )  # fmt: skip
