@@ -40,7 +40,7 @@ class Engine:
         transformer: Megatron's configuration and ours.
         chunks: this rank's pieces of the model.
         optimizer: DeepSpeed's engine; None when only evaluating.
-        mesh: this rank's place.
+        mesh: this rank's position in the layout.
         host_group: gloo group for small agreements; None when alone.
         schedule: Megatron's function that runs micro-batches through the stages of this layout.
         sequence_length: rows of what travels between stages.
@@ -105,7 +105,7 @@ def compile_layers(chunks: list[Denoiser], backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for chunk in chunks:
         for layer in cast(Any, chunk.decoder.layers):
-            # its key is a number on the host: traced, it would mean a graph for every layer and place
+            # its key is a number on the host: traced, it would mean a graph for every layer and position
             layer.apply_dropout = torch.compiler.disable(layer.apply_dropout)
             layer.compile(dynamic=False, backend=backend)
 

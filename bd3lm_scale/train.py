@@ -101,7 +101,9 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
         code = _report(config, code, reason, session.step if session else None, lock)
     if lock is not None:
         lock.release()
-    if code != ExitCode.FAILED:  # after a failure the others may not be there to take leave of
+    if (
+        code != ExitCode.FAILED
+    ):  # after a failure the other ranks may be gone, and leaving the groups would wait for them
         shutdown()
     return code
 

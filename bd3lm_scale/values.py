@@ -1,4 +1,4 @@
-"""What flows between the rooms: one frozen dataclass per arrow, tensors and integers only.
+"""What flows between the packages: one frozen dataclass per arrow, tensors and integers only.
 
     Rows -> NoisyRows -> HeadRows -> LossSum -> StepReport, and StateSlice for what a checkpoint holds
 
@@ -47,7 +47,7 @@ class Rows:
 
     Attributes:
         tokens_BL: int64 token ids.
-        position_B: int64 place of each row in the global batch; >= global_batch_size marks a padding row.
+        position_B: int64 index of each row in the global batch; >= global_batch_size marks a padding row.
         is_real_B: bool, False for padding rows: they carry no loss.
     """
 
@@ -70,7 +70,7 @@ class NoisyRows:
         masked_count_BN: int64 tokens of each block that the noise masked, the row's first one included even where it
             is shown clean.
         sigma_B: float32 noise level the network is conditioned on (zeros without time conditioning).
-        position_B: int64 place of each row in the global batch.
+        position_B: int64 index of each row in the global batch.
         is_real_B: bool, False for padding rows.
     """
 

@@ -1,4 +1,4 @@
-"""The house rules as tests: who may import whom, and which libraries enter through which door."""
+"""The rules of the architecture as tests: who may import whom, and which libraries enter through which door."""
 
 import ast
 import subprocess
@@ -145,3 +145,32 @@ def test_frozen_dataclasses_hold_no_caches():
                     if private_store or part.startswith(("@cached_property", "@lru_cache", "@cache\n")):
                         found.append((path.relative_to(PACKAGE).as_posix(), node.name, part.split("\n")[0]))
     assert found == []
+
+
+def drawing(document: str, heading: str) -> list[str]:
+    """The lines of the first block after a heading."""
+    text = (PACKAGE.parent / document).read_text().split(f"## {heading}\n")[1]
+    return text.split("```")[1].splitlines()[1:]
+
+
+def test_the_architecture_page_shows_the_tree():
+    drawn: dict[str, set[str]] = {}
+    folder, width = "", 22
+    for line in drawing("docs/architecture.md", "The tree"):
+        folder = line[:width].strip().rstrip("/") or folder
+        drawn.setdefault(folder, set()).update(line[width:].split())
+    found: dict[str, set[str]] = {}
+    for path in modules():
+        if path.name != "__init__.py":
+            found.setdefault(path.parent.relative_to(PACKAGE).as_posix(), set()).add(path.stem)
+    found[PACKAGE.name] = found.pop(".")
+    assert drawn == found, "docs/architecture.md, The tree: a line per package with the names of its modules"
+
+
+@pytest.mark.parametrize(
+    ("document", "heading"), [("CONTRIBUTING.md", "The floors"), ("docs/architecture.md", "The floors")]
+)
+def test_documents_draw_the_floors_of_this_test(document, heading):
+    drawn = [set(line.split("   ")[0].split()) for line in drawing(document, heading)]
+    levels = sorted(set(FLOORS.values()), reverse=True)
+    assert drawn == [{name for name, floor in FLOORS.items() if floor == level} for level in levels]

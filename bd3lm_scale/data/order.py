@@ -1,6 +1,6 @@
 """The sample order as a pure function: which row of which shard the global sample index g means.
 
-    g -> (epoch, place in the epoch) -> shards permuted per epoch -> rows permuted inside a window of shards
+    g -> (epoch, index in the epoch) -> shards permuted per epoch -> rows permuted inside a window of shards
 
 Nothing has state, so seeking costs nothing, and neither ranks nor workers nor batch sizes can enter.
 """

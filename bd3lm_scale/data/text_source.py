@@ -93,7 +93,7 @@ class TextSource:
         return str(self.config.path)
 
     def close(self) -> None:
-        """Forget the place in the stream."""
+        """Forget the position in the stream."""
         self._rows = None
 
     def _endless_rows(self) -> Iterator[np.ndarray]:

@@ -122,11 +122,11 @@ class Tokens:
     bad: tuple[tuple[int, str, str], ...] = ()
 
 
-def cut_units(task: Preparation, place: tuple[int, int] = (0, 0), whole: bool = False) -> Iterator[Unit]:
-    """The corpus from the record at `place` on; `whole`: no document is cut into pieces."""
-    for file in range(place[0], len(task.files)):
+def cut_units(task: Preparation, position: tuple[int, int] = (0, 0), whole: bool = False) -> Iterator[Unit]:
+    """The corpus from the record at `position` on; `whole`: no document is cut into pieces."""
+    for file in range(position[0], len(task.files)):
         path = task.files[file]
-        number = place[1] if file == place[0] else 0
+        number = position[1] if file == position[0] else 0
         meter = documents.Meter()
         batch: list[documents.Record] = []
         size = 0
@@ -235,18 +235,18 @@ def _tokenize_in_worker(unit: Unit) -> Tokens:
 
 
 def tokenized_units(
-    task: Preparation, tokenizer_path: str, place: tuple[int, int], workers: int
+    task: Preparation, tokenizer_path: str, position: tuple[int, int], workers: int
 ) -> Iterator[tuple[Unit, Tokens]]:
-    """Units from `place` on and their tokens, in order; a bounded number is under way at any time.
+    """Units from `position` on and their tokens, in order; a bounded number is under way at any time.
 
     Args:
         task: what to do.
         tokenizer_path: for `load_tokenizer`.
-        place: (file, record) to begin at.
+        position: (file, record) to begin at.
         workers: processes; 0 tokenizes in this one.
     """
     tokenizer = load_tokenizer(tokenizer_path)
-    units = cut_units(task, place, whole=must_stay_whole(task, tokenizer))
+    units = cut_units(task, position, whole=must_stay_whole(task, tokenizer))
     if workers == 0:
         yield from ((unit, tokenize(unit, task, tokenizer)) for unit in units)
         return

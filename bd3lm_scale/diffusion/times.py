@@ -24,7 +24,7 @@ def draw_times(
     Args:
         seed: seed of the run.
         step: optimizer step.
-        position_B: place of each row in the global batch; padding rows (>= global_batch_size) get some time.
+        position_B: index of each row in the global batch; padding rows (>= global_batch_size) get some time.
         num_blocks: N.
         global_batch_size: rows in the global batch.
         interval: (low, high); equal ends give that time everywhere.

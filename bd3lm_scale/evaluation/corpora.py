@@ -4,7 +4,7 @@
 
 `heldout` is the run's own validation split, scored as it was trained. Each NAME=SHARDS is a folder written by
 tools/prepare_data.py with the model's tokenizer and no EOS between documents; its rows are wrapped in BOS ... EOS, as
-published zero-shot figures are. Results go to RUN/evaluation/NAME.json and are printed as one Markdown table.
+published zero-shot metrics are. Results go to RUN/evaluation/NAME.json and are printed as one Markdown table.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def results_folder(loaded: Loaded, chosen: Path | None) -> Path:
     """RUN/evaluation of a checkpoint inside a run folder."""
     run = loaded.reader.path.parent.parent
     if chosen is None and not (run / "config.yaml").is_file():
-        raise ValueError("--output: the model is not in a run folder; say where the figures go")
+        raise ValueError("--output: the model is not in a run folder; say where the metrics go")
     return chosen or run / "evaluation"
 
 

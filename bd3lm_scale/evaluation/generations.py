@@ -1,4 +1,4 @@
-"""Entry: figures of sampled text, as in the paper's Tables 6 and 7.
+"""Entry: metrics of sampled text, as in the paper's Tables 6 and 7.
 
     python -m bd3lm_scale.evaluate_generations SAMPLES.jsonl... [--judge gpt2-large]
 
@@ -50,13 +50,13 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def summarise(samples: Sequence[dict[str, Any]], judged: Sequence[JudgedText] | None) -> dict[str, Any]:
+def summarize(samples: Sequence[dict[str, Any]], judged: Sequence[JudgedText] | None) -> dict[str, Any]:
     """Figures over samples; those that nothing is known about are left out.
 
     `gen_ppl` is the mean over samples of each one's perplexity, as published; `gen_ppl_pooled` weighs tokens equally.
     """
-    figures: dict[str, Any] = {"num_samples": len(samples)}
-    figures |= {
+    metrics: dict[str, Any] = {"num_samples": len(samples)}
+    metrics |= {
         key: samples[0][key]
         for key in _COPIED_FIELDS
         if len({repr(s.get(key)) for s in samples}) == 1 and key in samples[0]
@@ -64,21 +64,21 @@ def summarise(samples: Sequence[dict[str, Any]], judged: Sequence[JudgedText] | 
     for field, name in (("nfe", "nfe"), ("forward_calls", "forward_calls")):
         values = [s[field] for s in samples if isinstance(s.get(field), int | float)]
         if values:
-            figures[name] = statistics.fmean(values)
+            metrics[name] = statistics.fmean(values)
     lengths = [s["num_tokens"] for s in samples if isinstance(s.get("num_tokens"), int)]
     if lengths:
-        figures |= {
+        metrics |= {
             "length_median": statistics.median(lengths),
             "length_max": max(lengths),
             "length_mean": statistics.fmean(lengths),
         }
     ends = Counter(s["finish"] for s in samples if "finish" in s)
     if ends:
-        figures["finish"] = dict(sorted(ends.items()))
-    return figures | _judged_figures(judged or [])
+        metrics["finish"] = dict(sorted(ends.items()))
+    return metrics | _judged_metrics(judged or [])
 
 
-def _judged_figures(judged: Sequence[JudgedText]) -> dict[str, Any]:
+def _judged_metrics(judged: Sequence[JudgedText]) -> dict[str, Any]:
     scored = [text for text in judged if text.num_scored]
     if not scored:
         return {}
@@ -121,12 +121,12 @@ def evaluate_file(path: Path, judge: Judge | None, args: argparse.Namespace) -> 
                 batch_size=args.batch_size,
                 on_progress=bar.update,
             )
-    figures = {"samples": path.name, **summarise(samples, judged)}
+    metrics = {"samples": path.name, **summarize(samples, judged)}
     if judge is not None:
-        figures |= {"judge": judge.name, "judge_context": args.context, "judge_stride": args.stride}
+        metrics |= {"judge": judge.name, "judge_context": args.context, "judge_stride": args.stride}
     output = path.with_name(path.name.removesuffix(".jsonl") + SUFFIX)
-    output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return figures
+    output.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -147,7 +147,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate each file and print its figures."""
+    """Evaluate each file and print its metrics."""
     import torch
 
     args = _arguments(argv)

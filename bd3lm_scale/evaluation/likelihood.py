@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="this step's checkpoint, not the newest")
     parser.add_argument("--variance", action="store_true", help="also the variance of the loss and of its gradient")
     parser.add_argument("--noise-draws", type=int, default=16, metavar="N", help="draws per gradient probe")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    parser.add_argument("--json", metavar="FILE", help="also write the metrics here")
     args = parser.parse_intermixed_args(argv)
     set_up_logging(None)
     try:
@@ -49,12 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         return ExitCode.CONFIG
     if loaded.engine.mesh.is_main_rank:
         print(report(loaded, result))
-        figures = dict(vars(result.likelihood))
+        metrics = dict(vars(result.likelihood))
         if variance is not None:
             print(format_report(variance))
-            figures["variance"] = variance.as_dict()
+            metrics["variance"] = variance.as_dict()
         if args.json:
-            Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+            Path(args.json).write_text(json.dumps(metrics, indent=2) + "\n")
     shutdown()
     return ExitCode.FINISHED
 
@@ -105,17 +105,17 @@ def _open(loaded: Loaded, split: str) -> RowStream:
 
 
 def report(loaded: Loaded, result: Validation) -> str:
-    """The figures as a small table."""
-    figures = result.likelihood
+    """The metrics as a small table."""
+    metrics = result.likelihood
     bound = "NLL " if loaded.config.diffusion.objective == "ar" else "NELBO"
-    noise = "" if figures.noise_stderr is None else f" (noise alone {figures.noise_stderr:.4f})"
-    per_byte = "" if figures.bits_per_byte is None else f"    bits/byte  {figures.bits_per_byte:.4f}"
+    noise = "" if metrics.noise_stderr is None else f" (noise alone {metrics.noise_stderr:.4f})"
+    per_byte = "" if metrics.bits_per_byte is None else f"    bits/byte  {metrics.bits_per_byte:.4f}"
     return "\n".join(
         [
             f"checkpoint  {loaded.reader.path} (step {loaded.reader.meta['step']}, {loaded.weights} weights)",
-            f"text        {loaded.config.data.path}: {figures.num_rows:,} rows, {figures.num_tokens:,} tokens",
-            f"{bound}       {figures.nelbo:.4f} +- {figures.stderr:.4f} nats per token{noise}",
-            f"PPL         {figures.ppl:.3f} +- {figures.ppl_stderr:.3f}",
-            f"bits/token  {figures.bits_per_token:.4f}" + per_byte,
+            f"text        {loaded.config.data.path}: {metrics.num_rows:,} rows, {metrics.num_tokens:,} tokens",
+            f"{bound}       {metrics.nelbo:.4f} +- {metrics.stderr:.4f} nats per token{noise}",
+            f"PPL         {metrics.ppl:.3f} +- {metrics.ppl_stderr:.3f}",
+            f"bits/token  {metrics.bits_per_token:.4f}" + per_byte,
         ]
     )

@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         loaded, tokenizer = load(args)
         prompts = read_prompts(args, tokenizer, loaded.config)
         output = args.output or default_output(args.source, loaded)
-        figures = write_samples(loaded, tokenizer, prompts, output, args.quiet, infill=bool(args.infill))
+        metrics = write_samples(loaded, tokenizer, prompts, output, args.quiet, infill=bool(args.infill))
     except (ConfigError, CheckpointError, ValueError) as error:
         print(error, file=sys.stderr)
         return ExitCode.CONFIG
     if loaded.engine.mesh.is_main_rank:
-        print(summary(figures, output), file=sys.stderr)
+        print(summary(metrics, output), file=sys.stderr)
     shutdown()
     return ExitCode.FINISHED
 
@@ -279,11 +279,11 @@ def _totals(records: list[dict[str, Any]], seconds: float) -> dict[str, float]:
     }
 
 
-def summary(figures: dict[str, float], output: Path | None) -> str:
+def summary(metrics: dict[str, float], output: Path | None) -> str:
     """The totals as one line, and where the samples are."""
     line = (
-        f"{figures['samples']:.0f} samples, {figures['new_tokens']:,.0f} new tokens in {figures['seconds']:.1f} s: "
-        f"{figures['tokens_per_second']:.1f} tokens/s, NFE {figures['nfe']:.1f} and "
-        f"{figures['forward_calls']:.1f} forward calls per sample"
+        f"{metrics['samples']:.0f} samples, {metrics['new_tokens']:,.0f} new tokens in {metrics['seconds']:.1f} s: "
+        f"{metrics['tokens_per_second']:.1f} tokens/s, NFE {metrics['nfe']:.1f} and "
+        f"{metrics['forward_calls']:.1f} forward calls per sample"
     )
     return line if output is None else f"{line}\nwritten to {output}"

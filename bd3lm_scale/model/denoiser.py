@@ -131,8 +131,8 @@ class Denoiser(MegatronModule):
             return self._leave(hidden, conditioning)
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        row, place = index_R // length, index_R % length
-        rows_RD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, place * batch + row)
+        row, token = index_R // length, index_R % length
+        rows_RD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, token * batch + row)
         rows_RC = None if conditioning is None else conditioning.index_select(0, row)
         return self.head(rows_RD, rows_RC, target_R, self.tied_weight())
 

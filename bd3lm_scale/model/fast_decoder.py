@@ -6,7 +6,7 @@ so its modulation is a constant: scale and shift are folded into the layer norms
 all that follows them, only at the places that are asked for. For one tensor-parallel rank; the tests hold it to
 CachedDecoder's figures.
 
-Shapes: B rows, S tokens in a block, T tokens of a call, I scored places, D width, H query heads, G heads of keys and
+Shapes: B rows, S tokens in a block, T tokens of a call, I scored positions, D width, H query heads, G heads of keys and
 values, K head width, V ids.
 """
 

@@ -3,7 +3,7 @@
 The cache holds rotated keys and values of clean blocks only; a call computes queries of the current block only. With a
 sliding window, evicted context lives on in the cached states of what saw it; `recompute_window` forgets it instead.
 
-Shapes: B rows, S tokens in a block, T tokens of a call, I scored places, L tokens, V ids.
+Shapes: B rows, S tokens in a block, T tokens of a call, I scored positions, L tokens, V ids.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class CachedDecoder:
 
     @torch.no_grad()
     def denoise(self, block_BS: Tensor, scored_BI: Tensor | None = None) -> Tensor:
-        """Logits of the noisy current block after the committed context, at all or the given places.
+        """Logits of the noisy current block after the committed context, at all or the given positions.
 
         Returns:
             float32 (B, S, V), or (B, I, V) for int64 scored_BI; mask and padding ids are -inf.
@@ -188,7 +188,7 @@ def _decode(model: Denoiser, tokens_BT: Tensor, position_T: Tensor, sigma_B: Ten
 
 
 def _score(model: Denoiser, hidden_TBD: Tensor, scored_BI: Tensor | None, conditioning_BC: Tensor | None) -> Tensor:
-    """Head logits at all places or the given ones."""
+    """Head logits at all positions or the given ones."""
     hidden_BTD = hidden_TBD.transpose(0, 1)
     if scored_BI is not None:
         index = scored_BI.to(hidden_BTD.device)[:, :, None].expand(-1, -1, hidden_BTD.shape[2])

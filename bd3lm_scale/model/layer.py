@@ -74,7 +74,7 @@ def keyed_dropout(x: Tensor, rate: float, key: Tensor | None, *site: int) -> Ten
         x: any shape.
         rate: probability of zeroing.
         key: int64 scalar on the CPU, a function of (seed, step, first position of the micro-batch); None: no dropout.
-        site: layer, place in the layer, and the shard index where ranks hold different rows.
+        site: layer, index in the layer, and the shard index where ranks hold different rows.
     """
     if rate == 0.0 or key is None:
         return x
@@ -133,7 +133,7 @@ class DiTLayer(TransformerLayer):
         return x if key is None or not self.training else self.apply_dropout(x, key, site)
 
     def apply_dropout(self, x: Tensor, key: Tensor, site: int) -> Tensor:
-        """Dropout at this layer's place `site`; different rows on each rank under sequence parallelism."""
+        """Dropout at this layer's `site`; different rows on each rank under sequence parallelism."""
         shard = self.tp_group.rank() if self.config.sequence_parallel else 0
         return keyed_dropout(x, self.hidden_dropout, key, self.layer_number, site, shard)
 

@@ -33,7 +33,7 @@ class ZeroOptimizer:
         config: hyper-parameters and ZeRO stage.
         precision: fp32 | bf16.
         micro_batch_size: rows per rank and micro-step (DeepSpeed's bookkeeping only).
-        mesh: this rank's place.
+        mesh: this rank's position in the layout.
         ties_embeddings: whether the head shares the embedding.
     """
 

@@ -22,7 +22,7 @@ from bd3lm_scale.parallel.groups import connect_when_needed, few_groups, raise_d
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in the layout."""
+    """This process's position in the layout."""
 
     rank: int
     world_size: int

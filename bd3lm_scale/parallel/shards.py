@@ -29,7 +29,7 @@ def state_slice(
 
     Args:
         parameter: what it is a part of.
-        mesh: this rank's place.
+        mesh: this rank's position in the layout.
         start, stop: in the flattened part.
         tensors: 1-D state of the run by kind.
         is_copy: another pipeline stage holds the same and saves it.

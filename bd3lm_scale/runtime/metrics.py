@@ -26,7 +26,7 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsWriter:
-    """Appends figures to run_dir/metrics.jsonl (rank 0; elsewhere `enabled=False` makes every call a no-op).
+    """Appends metrics to run_dir/metrics.jsonl (rank 0; elsewhere `enabled=False` makes every call a no-op).
 
     Lines reach the operating system at once, so a killed process loses nothing; a half-written last line, left by a
     machine that lost power, is cut off when the file is opened again. Steps repeated after a resume are written again
@@ -56,11 +56,11 @@ class MetricsWriter:
         if logging is not None and logging.wandb != "disabled":
             self._mirror = WandbMirror(Path(run_dir), logging, run_config or {})
 
-    def write(self, kind: str, step: int, **figures: Any) -> None:
-        """Append one line: kind, step, attempt, wall-clock time and the figures, at full precision."""
+    def write(self, kind: str, step: int, **metrics: Any) -> None:
+        """Append one line: kind, step, attempt, wall-clock time and the metrics, at full precision."""
         if self._file is None:
             return
-        row = {"kind": kind, "step": step, **figures, "attempt": self.attempt, "time": round(time.time(), 3)}
+        row = {"kind": kind, "step": step, **metrics, "attempt": self.attempt, "time": round(time.time(), 3)}
         row = {name: to_json(value) for name, value in row.items()}
         self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
         if time.monotonic() >= self._next_sync:
@@ -99,7 +99,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The figures of a run (its folder or its metrics.jsonl): the last line per (kind, step) wins.
+    """The metrics of a run (its folder or its metrics.jsonl): the last line per (kind, step) wins.
 
     Rows come in the order in which their (kind, step) first appeared. Non-finite numbers come back as floats, and
     lines that are not valid JSON (a torn last line) are left out.
@@ -192,8 +192,8 @@ class WandbMirror:
             run = wandb.init(**arguments)
             while (row := self._rows.get()) is not None:
                 prefix = row["kind"]
-                figures = {f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
-                run.log({**figures, "step": row["step"]})
+                metrics = {f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
+                run.log({**metrics, "step": row["step"]})
             run.finish()
         except Exception as error:  # whatever the service does wrong, the run goes on
             self._go_down(repr(error))

@@ -24,13 +24,13 @@ from bd3lm_scale.values import StepReport
 log = get_logger(__name__)
 
 
-Ending = tuple[ExitCode, str]
+ExitReason = tuple[ExitCode, str]
 """How a loop ended, and why."""
 
 
 def run_loop(
     session: Session, held_out: RowStream, stop: StopRequest, metrics: MetricsWriter, watchdog: Watchdog
-) -> Ending:
+) -> ExitReason:
     """Steps until the last one, a stop request, or a divergence. Returns (exit code, reason)."""
     config, mesh = session.config, session.engine.mesh
     tokens_per_step = config.train.global_batch_size * config.data.context_length
@@ -62,7 +62,7 @@ class Loop:
     stragglers: StragglerWatch
     votes: Votes = field(default_factory=Votes)
 
-    def run(self) -> Ending:
+    def run(self) -> ExitReason:
         """Step until something ends it; a validation and a save are part of the step before them."""
         session, config = self.session, self.session.config
         self._vote()
@@ -74,7 +74,7 @@ class Loop:
                 return ending
         return ExitCode.FINISHED, "all steps are done"
 
-    def _heed_votes(self) -> Ending | None:
+    def _heed_votes(self) -> ExitReason | None:
         while self.votes.bad_shard and not self.votes.stop:
             try:
                 self.session.exclude_bad_shards()
@@ -83,7 +83,7 @@ class Loop:
             self._vote()
         return (ExitCode.STOPPED, self.stop.reason or "another rank was asked to stop") if self.votes.stop else None
 
-    def _step(self) -> Ending | None:
+    def _step(self) -> ExitReason | None:
         session, config = self.session, self.session.config
         started, waited = time.perf_counter(), session.ahead.wait_seconds
         self.stragglers.start()
@@ -114,7 +114,7 @@ class Loop:
             _save(session, self.metrics, self.watchdog)
         return None
 
-    def _roll_back(self, step: int) -> Ending | None:
+    def _roll_back(self, step: int) -> ExitReason | None:
         reason = self.session.policy.reason
         self.metrics.write("event", step, event=f"rollback: {reason}")
         try:

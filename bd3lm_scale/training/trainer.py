@@ -1,4 +1,4 @@
-"""A training run at work: its parts, its place in the data, its checkpoints. train.py drives it.
+"""A training run at work: its parts, its position in the data, its checkpoints. train.py drives it.
 
 open_session -> parts built, newest valid checkpoint restored -> step, validate, save ... -> close
 """
@@ -53,7 +53,7 @@ class Session:
 
     Attributes:
         config: of the run.
-        engine: model, optimizer and place.
+        engine: model, optimizer and position in the layout.
         stream: the training rows; its tokenizer is the run's.
         ahead: this rank's micro-batches, read and noised ahead.
         store: the run's checkpoints.
@@ -97,7 +97,7 @@ class Session:
     def vote(self, wants_stop: bool) -> Votes:
         """How many ranks raise each flag; the ranks wait for each other. Within a step the flags travel with the loss.
 
-        Needed before the first step and after a change of place: all ranks stop, or leave out a shard, together.
+        Needed before the first step and after a change of position: all ranks stop, or leave out a shard, together.
         """
         self.ahead.start(self.step, self.interval)
         _, votes = sum_over_ranks(self.engine, [], self.flags(wants_stop))
@@ -129,7 +129,7 @@ class Session:
         self.seek(replace(self.cursor, excluded_shards=excluded))
 
     def seek(self, cursor: Cursor) -> None:
-        """Continue at another place in the data; NoShardLeftError, and nothing changes, where its shards are gone."""
+        """Continue at another position in the data; NoShardLeftError, changing nothing, where all its shards are gone."""
         self.ahead.drop()
         self.ahead.batches.seek(cursor)
         self.cursor = cursor
@@ -233,7 +233,7 @@ def open_session(
 
     Args:
         config: checked against world size and vocabulary.
-        mesh: this rank's place.
+        mesh: this rank's position in the layout.
         stream: the training rows.
         agreement: over all ranks.
         lock: on the run folder.
@@ -302,7 +302,7 @@ def resume(session: Session, reader: CheckpointReader) -> None:
 
 
 def restore(session: Session, reader: CheckpointReader) -> None:
-    """Take up weights, optimizer state, place in the data and clip interval of a checkpoint, whatever its layout."""
+    """Take up weights, optimizer state, position in the data and clip interval of a checkpoint, whatever its layout."""
     meta = reader.meta
     if meta.get("contents") != "full":
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A tokenizer that takes a tenth of a second to train, shared by the tests of the data room."""
+"""A tokenizer that takes a tenth of a second to train, shared by the tests of the data package."""
 
 from pathlib import Path
 

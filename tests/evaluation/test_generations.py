@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bd3lm_scale.diffusion.samplers.stopping import unigram_entropy
-from bd3lm_scale.evaluation.generations import main, read_samples, summarise
+from bd3lm_scale.evaluation.generations import main, read_samples, summarize
 from bd3lm_scale.evaluation.judge import JudgedText, JudgeMissing, judge_texts, load_judge, windows
 
 CONTEXT = 32
@@ -122,7 +122,7 @@ def test_the_command_writes_the_papers_figures(judge_folder, judge, tmp_path, ca
 
 def test_pooled_perplexity_weighs_tokens_and_the_mean_weighs_samples():
     judged = [JudgedText(11, 10, 10 * math.log(2), 1.0), JudgedText(31, 30, 30 * math.log(8), 2.0)]
-    figures = summarise([{"text": "a"}, {"text": "b"}], judged)
+    figures = summarize([{"text": "a"}, {"text": "b"}], judged)
     assert figures["gen_ppl"] == pytest.approx(5.0)
     assert figures["gen_ppl_pooled"] == pytest.approx(2**2.5)
     assert figures["entropy"] == 1.5

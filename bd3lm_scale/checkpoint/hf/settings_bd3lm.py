@@ -129,7 +129,7 @@ def settings_of(own, passed, options, objective):
     unknown = sorted(set(options) - known - set(defaults) - set(NOT_SUPPORTED) - WITHOUT_EFFECT - set(NEUTRAL))
     if unknown:
         raise ValueError(f"generate: unknown options {unknown}; known are {sorted(known)}")
-    layers = [_said(own)] + ([] if passed is None or passed is own else [_said(passed, defaults)])
+    layers = [_set_fields(own)] + ([] if passed is None or passed is own else [_set_fields(passed, defaults)])
     options = {name: value for name, value in options.items() if value is not None}
     values = {}
     for layer in (*layers, options):
@@ -152,7 +152,7 @@ def settings_of(own, passed, options, objective):
     return settings
 
 
-def _said(config, defaults=None):
+def _set_fields(config, defaults=None):
     """The fields a GenerationConfig sets. `defaults` (of transformers) count for one that a caller made.
 
     transformers 4 fills every field with a default, so what was set to one cannot be told apart. In a configuration
