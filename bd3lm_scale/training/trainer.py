@@ -129,7 +129,7 @@ class Session:
         self.seek(replace(self.cursor, excluded_shards=excluded))
 
     def seek(self, cursor: Cursor) -> None:
-        """Continue at another position in the data; NoShardLeftError, changing nothing, where all its shards are gone."""
+        """Continue at another position in the data; NoShardLeftError (and no change) where all its shards are gone."""
         self.ahead.drop()
         self.ahead.batches.seek(cursor)
         self.cursor = cursor
