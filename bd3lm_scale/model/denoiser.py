@@ -6,6 +6,7 @@ sequence row, so no parameter is replicated over stages.
 Shapes: B rows, P positions, L tokens, D width, C conditioning width, R scored rows.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -23,11 +24,11 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from bd3lm_scale.model.attention import AttentionPattern
-from bd3lm_scale.model.embedding import TimeEmbedding, rotary_angles
 from bd3lm_scale.model.head import Head
 from bd3lm_scale.model.initialize import compare, initialize
 from bd3lm_scale.model.layer import layer_spec
-from bd3lm_scale.model.parameters import Parameter, parameters
+from bd3lm_scale.model.parameters import TIME_FEATURES, Parameter, parameters
+from bd3lm_scale.model.rotary import rotary_angles
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 from bd3lm_scale.parallel import pipeline
 from bd3lm_scale.parallel.mesh import Mesh
@@ -180,6 +181,23 @@ class Denoiser(MegatronModule):
             return hidden
         row = F.pad(conditioning.to(hidden.dtype), (0, self.config.hidden_size - self.config.cond_dim))
         return torch.cat([hidden, row[None]], dim=0)
+
+
+class TimeEmbedding(nn.Module):
+    """SiLU(MLP([cos(sigma f), sin(sigma f)])), f_i = 10000^(-i/128): the conditioning of adaptive layer norm."""
+
+    def __init__(self, cond_dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(TIME_FEATURES, cond_dim, dtype=dtype)
+        self.linear2 = nn.Linear(cond_dim, cond_dim, dtype=dtype)
+
+    def forward(self, sigma_B: Tensor) -> Tensor:
+        """(B,) noise levels -> (B, C)."""
+        half = TIME_FEATURES // 2
+        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=sigma_B.device) / half)
+        angles = sigma_B.float()[:, None] * frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear1.weight.dtype)
+        return F.silu(self.linear2(F.silu(self.linear1(features))))
 
 
 class ChunkList(nn.Module):
