@@ -120,7 +120,11 @@ class Denoiser(MegatronModule):
             target_R: their target ids.
         """
         batch, length = input_BP.shape[0], self.config.context_length
-        hidden, conditioning = self._enter(input_BP, sigma_B)
+        hidden, conditioning = None, None
+        if self.pre_process:
+            hidden, conditioning = self.embed(input_BP), self.condition(sigma_B)
+        elif self.carries_conditioning:
+            conditioning = self._take_conditioning()
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -167,14 +171,11 @@ class Denoiser(MegatronModule):
             return None
         return self.time_embedding(sigma_B if self.config.time_conditioning else torch.zeros_like(sigma_B))
 
-    def _enter(self, input_BP: Tensor, sigma_B: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.pre_process:
-            return self.embed(input_BP), self.condition(sigma_B)
+    def _take_conditioning(self) -> Tensor:
+        """Off the last row of what the previous stage sent."""
         received = cast(Tensor, self.decoder.input_tensor)
-        if not self.carries_conditioning:
-            return None, None
         self.decoder.set_input_tensor(received[:-1].contiguous())
-        return None, received[-1, :, : self.config.cond_dim].to(self.config.params_dtype)
+        return received[-1, :, : self.config.cond_dim].to(self.config.params_dtype)
 
     def _leave(self, hidden: Tensor, conditioning: Tensor | None) -> Tensor:
         if conditioning is None:
