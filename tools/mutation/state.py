@@ -93,7 +93,8 @@ STATE = (
         ),
         (
             "a checkpoint's name not durable",
-            "    temporary.rename(final)\n    sync_folder(final.parent)\n", "    temporary.rename(final)\n", *_CUT,
+            "    temporary.rename(final)\n    sync_folder(final.parent)\n", "    temporary.rename(final)\n",
+            f"{_STORE}test_a_finished_checkpoint_has_a_durable_name",
         ),
     ),
     *mutants_of(
