@@ -1,6 +1,7 @@
 """The rules of the architecture as tests: who may import whom, and which libraries enter through which door."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,13 @@ def test_exported_code_stands_alone():
     for path in (PACKAGE / "checkpoint" / "hf").glob("*_bd3lm.py"):
         outside = {n.split(".")[0] for n in imports_of(path)} - {"torch", "transformers", "relative import"}
         assert outside <= set(sys.stdlib_module_names), f"{path.name} imports {outside}"
+
+
+def test_the_exported_model_imports_every_file_it_comes_with():
+    """transformers 4.49 copies the files that modeling_bd3lm.py imports, not those that they import."""
+    folder = PACKAGE / "checkpoint" / "hf"
+    named = set(re.findall(r"^from \.(\w+) import", (folder / "modeling_bd3lm.py").read_text(), flags=re.MULTILINE))
+    assert named == {path.stem for path in folder.glob("*_bd3lm.py")} - {"modeling_bd3lm"}
 
 
 def test_no_two_classes_have_one_name():

@@ -22,9 +22,9 @@ from bd3lm_scale.diffusion.loss import num_loss_tokens, token_losses
 from bd3lm_scale.diffusion.noising import given_noise
 from bd3lm_scale.engine import build_engine, run_pass
 from bd3lm_scale.inference.loading import load_model
-from bd3lm_scale.model.embedding import rotary_angles
 from bd3lm_scale.model.fast_decoder import FastDecoder, FastWeights
 from bd3lm_scale.model.inference import CachedDecoder
+from bd3lm_scale.model.rotary import rotary_angles
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 from bd3lm_scale.training.step import given_step, train_step

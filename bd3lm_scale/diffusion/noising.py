@@ -3,6 +3,10 @@
 Masks are Philox words compared with integer thresholds; the key names (seed, step, row), the counter the token. So a
 row's noise does not depend on which rank or micro-batch holds it, and a GPU run equals a CPU run.
 
+Times are one per block, stratified over all blocks of the global batch: its n = rows * N blocks get the n points
+(k + u)/n, k = 0..n-1, with one shared uniform u. A keyed permutation decides which block gets which point, so every
+block's time is uniform by itself (no position is tied to a range of times) while the batch covers [0, 1] evenly.
+
 Shapes: B rows, L tokens in a row, N blocks in a row, S tokens in a block (L = N*S), P positions the model reads.
 """
 
@@ -19,8 +23,7 @@ from bd3lm_scale.diffusion.mask_counts import (
 )
 from bd3lm_scale.diffusion.process import Process
 from bd3lm_scale.diffusion.schedule import Schedule, get_schedule
-from bd3lm_scale.diffusion.times import draw_times, evaluation_times
-from bd3lm_scale.rng import derive_key, mix64, random_words
+from bd3lm_scale.rng import derive_key, mix64, permute, random_words, uniforms
 from bd3lm_scale.values import Interval, NoisyRows, Rows
 
 _MAX_REDRAWS = 10_000
@@ -42,7 +45,7 @@ def noise_rows(
     if process.objective == "ar":
         return _next_token_rows(rows, process)
     times = process.training_times(*interval)
-    time_BN = draw_times(seed, step, rows.position_B, process.num_blocks, global_batch_size, times)
+    time_BN = draw_times(seed, "train", step, rows.position_B, process.num_blocks, global_batch_size, times)
     keys = [derive_key(seed, "train masks", step, p) for p in rows.position_B.tolist()]
     if process.mask_counts == "stratified":
         is_masked_BL = _draw_counted_masks(keys, stratified_counts(time_BN, process), process)
@@ -53,6 +56,31 @@ def noise_rows(
         is_masked_BL = _resample(is_masked_BL, keys, time_BN, interval, process)
     weight_BN = binomial_weights(time_BN, process.schedule)
     return _assemble(rows, is_masked_BL, time_BN, weight_BN, process.schedule, process, training=True)
+
+
+def draw_times(
+    seed: int, use: str, number: int, row_B: Tensor, num_blocks: int, num_rows: int, interval: Interval
+) -> Tensor:
+    """Times of the blocks of some rows, float64 (B, N), uniform on `interval`.
+
+    Args:
+        seed: seed of the run.
+        use: "train" or "evaluation": the two never share a draw.
+        number: optimizer step, or number of the noise draw.
+        row_B: index of each row in the global batch, or in the validation rows; padding rows (>= num_rows) get some
+            time.
+        num_blocks: N.
+        num_rows: rows in the global batch, or of validation.
+        interval: (low, high); equal ends give that time everywhere.
+    """
+    size = num_rows * num_blocks
+    row_index_B = row_B.cpu().numpy().astype(np.int64) % num_rows
+    point_BN = permute(
+        row_index_B[:, None] * num_blocks + np.arange(num_blocks), size, derive_key(seed, f"{use} times", number)
+    )
+    rotation = uniforms(derive_key(seed, f"{use} rotation", number), 1)[0]
+    low, high = interval
+    return torch.from_numpy(low + (high - low) * ((point_BN + rotation) / size))
 
 
 def noise_rows_for_evaluation(
@@ -75,7 +103,7 @@ def noise_rows_for_evaluation(
         return _next_token_rows(rows, process)
     schedule = process.schedule if process.schedule.name == "loglinear" else get_schedule("loglinear")
     interval = process.evaluation_interval() if interval is None else Interval(*interval).floored(process.time_epsilon)
-    time_BN = evaluation_times(seed, draw, rows.position_B, process.num_blocks, num_rows, interval)
+    time_BN = draw_times(seed, "evaluation", draw, rows.position_B, process.num_blocks, num_rows, interval)
     keys = [derive_key(seed, "evaluation masks", draw, row) for row in rows.position_B.tolist()]
     is_masked_BL = _draw_masks(keys, time_BN, schedule, process)
     weight_BN = binomial_weights(time_BN, schedule)

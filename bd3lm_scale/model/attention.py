@@ -230,14 +230,13 @@ class BlockAttention(nn.Module):
         self.layer_number = layer_number
         self.pattern: AttentionPattern | None = None
         self.num_queries: int | None = None
-        self.cache: LayerCache | None = None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | LayerCache | None = None, **_: Any
     ) -> Tensor:
-        """(P, B, H, K), (P, B, G, K) twice -> (queries, B, H * K)."""
-        if self.cache is not None:
-            return self._decode(self.cache, query, key, value)
+        """(P, B, H, K), (P, B, G, K) twice -> (queries, B, H * K); with a cache where Megatron has a mask."""
+        if isinstance(attention_mask, LayerCache):
+            return self._decode(attention_mask, query, key, value)
         assert self.pattern is not None, "the denoiser sets the visibility before the first forward"
         return self.pattern.attend(query, key, value, self.num_queries or query.shape[0])
 

@@ -6,6 +6,7 @@ sequence row, so no parameter is replicated over stages.
 Shapes: B rows, P positions, L tokens, D width, C conditioning width, R scored rows.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -23,11 +24,11 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from bd3lm_scale.model.attention import AttentionPattern
-from bd3lm_scale.model.embedding import TimeEmbedding, rotary_angles
 from bd3lm_scale.model.head import Head
 from bd3lm_scale.model.initialize import compare, initialize
 from bd3lm_scale.model.layer import layer_spec
-from bd3lm_scale.model.parameters import Parameter, parameters
+from bd3lm_scale.model.parameters import TIME_FEATURES, Parameter, parameters
+from bd3lm_scale.model.rotary import rotary_angles
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 from bd3lm_scale.parallel import pipeline
 from bd3lm_scale.parallel.mesh import Mesh
@@ -119,7 +120,11 @@ class Denoiser(MegatronModule):
             target_R: their target ids.
         """
         batch, length = input_BP.shape[0], self.config.context_length
-        hidden, conditioning = self._enter(input_BP, sigma_B)
+        hidden, conditioning = None, None
+        if self.pre_process:
+            hidden, conditioning = self.embed(input_BP), self.condition(sigma_B)
+        elif self.carries_conditioning:
+            conditioning = self._take_conditioning()
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -166,20 +171,34 @@ class Denoiser(MegatronModule):
             return None
         return self.time_embedding(sigma_B if self.config.time_conditioning else torch.zeros_like(sigma_B))
 
-    def _enter(self, input_BP: Tensor, sigma_B: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.pre_process:
-            return self.embed(input_BP), self.condition(sigma_B)
+    def _take_conditioning(self) -> Tensor:
+        """Off the last row of what the previous stage sent."""
         received = cast(Tensor, self.decoder.input_tensor)
-        if not self.carries_conditioning:
-            return None, None
         self.decoder.set_input_tensor(received[:-1].contiguous())
-        return None, received[-1, :, : self.config.cond_dim].to(self.config.params_dtype)
+        return received[-1, :, : self.config.cond_dim].to(self.config.params_dtype)
 
     def _leave(self, hidden: Tensor, conditioning: Tensor | None) -> Tensor:
         if conditioning is None:
             return hidden
         row = F.pad(conditioning.to(hidden.dtype), (0, self.config.hidden_size - self.config.cond_dim))
         return torch.cat([hidden, row[None]], dim=0)
+
+
+class TimeEmbedding(nn.Module):
+    """SiLU(MLP([cos(sigma f), sin(sigma f)])), f_i = 10000^(-i/128): the conditioning of adaptive layer norm."""
+
+    def __init__(self, cond_dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(TIME_FEATURES, cond_dim, dtype=dtype)
+        self.linear2 = nn.Linear(cond_dim, cond_dim, dtype=dtype)
+
+    def forward(self, sigma_B: Tensor) -> Tensor:
+        """(B,) noise levels -> (B, C)."""
+        half = TIME_FEATURES // 2
+        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=sigma_B.device) / half)
+        angles = sigma_B.float()[:, None] * frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear1.weight.dtype)
+        return F.silu(self.linear2(F.silu(self.linear1(features))))
 
 
 class ChunkList(nn.Module):

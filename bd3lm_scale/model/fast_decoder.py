@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bd3lm_scale.model.denoiser import Denoiser, named_parameters
-from bd3lm_scale.model.embedding import rotary_angles
 from bd3lm_scale.model.functions import activate, normalize
 from bd3lm_scale.model.head import linear_fp32
 from bd3lm_scale.model.parameters import Architecture
+from bd3lm_scale.model.rotary import rotary_angles
 
 _PREFILL = 1024
 

@@ -141,14 +141,10 @@ class CachedDecoder:
         self.num_forwards += 1
         tokens_BT = tokens_BT.to(self.device)
         position = torch.arange(self._start, self._start + tokens_BT.shape[1], device=self.device)
-        for layer, cache in zip(self.model.decoder.layers, self.caches, strict=True):
+        for cache in self.caches:
             cache.query_block_T, cache.commits = position // self.block_size, commits
-            cast(Any, layer).self_attention.core_attention.cache = cache
-        try:
-            hidden = _decode(self.model, tokens_BT, position, torch.zeros(len(tokens_BT), device=self.device))
-        finally:
-            for layer in self.model.decoder.layers:
-                cast(Any, layer).self_attention.core_attention.cache = None
+        sigma_B = torch.zeros(len(tokens_BT), device=self.device)
+        hidden = _decode(self.model, tokens_BT, position, sigma_B, self.caches)
         if commits:
             self._start += tokens_BT.shape[1]
         return hidden
@@ -177,10 +173,12 @@ class FullDenoiser:
         return _score(self.model, hidden, scored_BI, self.model.condition(sigma_B))
 
 
-def _decode(model: Denoiser, tokens_BT: Tensor, position_T: Tensor, sigma_B: Tensor) -> Tensor:
+def _decode(
+    model: Denoiser, tokens_BT: Tensor, position_T: Tensor, sigma_B: Tensor, caches: list[LayerCache] | None = None
+) -> Tensor:
     return model.decoder(
         hidden_states=model.embed(tokens_BT),
-        attention_mask=None,
+        attention_mask=cast(Any, caches),
         context=model.condition(sigma_B),
         context_mask=None,
         rotary_pos_emb=model.rotary(position_T),

@@ -8,6 +8,7 @@ norms of queries and keys, and biases follow the configuration (by default the p
 Shapes: P positions (a shard of them under sequence parallelism), B rows, D width, C conditioning width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from bd3lm_scale.model.attention import BlockAttention
+from bd3lm_scale.model.attention import BlockAttention, LayerCache
 from bd3lm_scale.model.functions import normalize
 from bd3lm_scale.model.parameters import Architecture
 from bd3lm_scale.model.transformer_config import DenoiserConfig
@@ -103,14 +104,18 @@ class DiTLayer(TransformerLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Sequence[LayerCache] | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (P, B, D), context (B, C) or None, context_mask the dropout key."""
+        """hidden_states (P, B, D), context (B, C) or None, context_mask the dropout key.
+
+        Megatron's slot for a mask carries what decoding brings instead: the cache of each layer, None in training.
+        """
         dtype = self.config.params_dtype
+        cache: Any = None if attention_mask is None else attention_mask[self.layer_number - 1]
         x = hidden_states
         if context is None:
             shift_a = scale_a = shift_m = scale_m = torch.zeros((), device=x.device)
@@ -121,8 +126,8 @@ class DiTLayer(TransformerLayer):
                 modulation = tensor_parallel.copy_to_tensor_model_parallel_region(modulation)
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.float().chunk(6, dim=-1)
         attention_input = modulate(self.input_layernorm(x), shift_a, scale_a).to(dtype)
-        attended, _bias = self.self_attention(attention_input, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
-        if self.num_outputs is not None and self.self_attention.core_attention.cache is None:
+        attended, _bias = self.self_attention(attention_input, attention_mask=cache, rotary_pos_emb=rotary_pos_emb)
+        if self.num_outputs is not None and cache is None:
             x = x[: self.num_outputs]
         x = torch.addcmul(x, gate_a, self._drop(attended.float(), context_mask, 0))
         out, bias = self.mlp(modulate(self.pre_mlp_layernorm(x), shift_m, scale_m).to(dtype))

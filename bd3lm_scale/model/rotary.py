@@ -1,6 +1,6 @@
-"""Frequencies of the rotary positions.
+"""Frequencies and angles of the rotary positions.
 
-Shapes: K head width.
+Shapes: P positions, K head width.
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from bd3lm_scale.model.parameters import Rope
+from bd3lm_scale.model.parameters import DEFAULT_ROPE, Rope
 
 
 def inverse_frequencies(head_width: int, rope: Rope, device: torch.device | str = "cpu") -> Tensor:
@@ -22,6 +22,12 @@ def inverse_frequencies(head_width: int, rope: Rope, device: torch.device | str 
     if rope.scaling == "llama3":
         return _llama3(frequency, rope)
     raise ValueError(f"rope_scaling ({rope.scaling}): no such scaling; use none, linear or llama3")
+
+
+def rotary_angles(position_P: Tensor, head_width: int, rope: Rope = DEFAULT_ROPE) -> Tensor:
+    """Rotary angles (P, 1, 1, K) in Megatron's half-split form, one frequency per pair of channels."""
+    angles = torch.outer(position_P.float(), inverse_frequencies(head_width, rope, position_P.device))
+    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 
 def _llama3(frequency: Tensor, rope: Rope) -> Tensor:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _SHIFTS = (0, 16, 32, 48)
+"""An integer travels as four digits of 16 bits in float64: sums over up to 2^37 ranks stay exact."""
 
 
 def host_copy(tensor: Tensor) -> Callable[[], list[float]]:
@@ -36,18 +37,24 @@ class DeviceSum:
         integers: own integers, added modulo 2^64.
         world_size: number of ranks.
         device: of this rank.
+        group: the ranks; None: all of them, by the device's own group.
     """
 
     def __init__(
-        self, floats: Sequence[Tensor | float], integers: Sequence[int], world_size: int, device: torch.device
+        self,
+        floats: Sequence[Tensor | float],
+        integers: Sequence[int],
+        world_size: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self._num_floats = len(floats)
-        digits = torch.tensor(split_integers(integers), dtype=torch.float64)
+        digits = torch.tensor([n >> shift & 0xFFFF for n in integers for shift in _SHIFTS], dtype=torch.float64)
         if device.type == "cuda":
             digits = digits.pin_memory().to(device, non_blocking=True)
         own = [torch.as_tensor(number, dtype=torch.float64, device=device).reshape(1) for number in floats]
         self._total = torch.cat([*own, digits])
-        self._work = dist.all_reduce(self._total, async_op=True) if world_size > 1 else None
+        self._work = dist.all_reduce(self._total, group=group, async_op=True) if world_size > 1 else None
         self._copy = None
         if device.type == "cuda":
             self.on_device()
@@ -64,35 +71,14 @@ class DeviceSum:
         """Both sums; the integers lie in [0, 2^64)."""
         self.on_device()
         values = self._total.tolist() if self._copy is None else self._copy()
-        return values[: self._num_floats], join_integers(values[self._num_floats :])
+        digits = torch.tensor(values[self._num_floats :], dtype=torch.int64).reshape(-1, len(_SHIFTS)).tolist()
+        integers = [sum(digit << shift for digit, shift in zip(row, _SHIFTS, strict=True)) % 2**64 for row in digits]
+        return values[: self._num_floats], integers
 
 
 def sum_on_host(
     floats: Sequence[float], integers: Sequence[int], group: dist.ProcessGroup | None
 ) -> tuple[list[float], list[int]]:
     """Add over the ranks of a host group (None: alone): floats in float64, integers modulo 2^64, in [0, 2^64)."""
-    total = torch.tensor([*floats, *split_integers(integers)], dtype=torch.float64)
-    if group is not None:
-        dist.all_reduce(total, group=group)
-    values = total.tolist()
-    return values[: len(floats)], join_integers(values[len(floats) :])
-
-
-def split_integers(integers: Sequence[int]) -> list[float]:
-    """Four digits of 16 bits each, as float64: sums over up to 2^37 ranks stay exact."""
-    digits = []
-    for number in integers:
-        for shift in _SHIFTS:
-            digits.append(float(number >> shift & 0xFFFF))
-    return digits
-
-
-def join_integers(digits: Sequence[float]) -> list[int]:
-    """The integers modulo 2^64 whose (summed) digits these are."""
-    numbers = []
-    for first in range(0, len(digits), len(_SHIFTS)):
-        number = 0
-        for shift, digit in zip(_SHIFTS, digits[first:], strict=False):
-            number += int(digit) << shift
-        numbers.append(number % 2**64)
-    return numbers
+    world_size = 1 if group is None else group.size()
+    return DeviceSum(floats, integers, world_size, torch.device("cpu"), group).on_host()

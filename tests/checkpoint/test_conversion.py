@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bd3lm_scale.checkpoint.hf.export import export_hf, parse_size
-from bd3lm_scale.checkpoint.hf.importing import import_hf
+from bd3lm_scale.checkpoint.hf.configuration_bd3lm import NETWORK, BD3LMConfig
+from bd3lm_scale.checkpoint.hf.export import config_fields, export_hf, parse_size
+from bd3lm_scale.checkpoint.hf.importing import FIELD_KINDS, hf_config_of, import_hf
 from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
 from bd3lm_scale.checkpoint.metadata import weights_meta
 from bd3lm_scale.checkpoint.names import Architecture, num_parameters, shape_problems, table, to_ours, to_published
@@ -341,6 +342,26 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"missing: decoder\.layers\.2\.input_layernorm\.weight"):
         export_hf(reader, tmp_path / "hf")
     assert shape_problems({"a": (1,)}, {"a": (1,)}) == []
+
+
+def test_every_field_of_an_exported_network_is_read_again(tmp_path):
+    """A field that is dropped on the way in would build another network."""
+    assert set(NETWORK) <= set(FIELD_KINDS)
+    odd = {
+        "norm": "rmsnorm", "norm_eps": 1e-6, "mlp": "swiglu", "ffn_hidden_size": 48, "n_kv_heads": 2, "head_dim": 12,
+        "qk_norm": True, "qkv_bias": True, "mlp_bias": False, "head_bias": False,
+        "rope": {"theta": 5e5, "scaling": "linear", "factor": 2.0},
+    }  # fmt: skip
+    assert set(odd) == set(NETWORK), "give each new field a value that is not its default"
+    config = from_dict(
+        {}, ["data.path=unused", "run_dir=unused", "model.norm=rmsnorm", "model.mlp=swiglu", "model.ffn_hidden_size=96"]
+    )
+    written = config_fields(config, weights_meta(config, 50, 49, "a test"), "fp32", None)
+    read = hf_config_of(tmp_path, {**written, **odd, "hidden_dim": 32, "n_heads": 4})
+    expected = BD3LMConfig(vocab_size=50, mask_token_id=49, hidden_dim=32, n_heads=4, **odd)
+    assert {name: getattr(read, name) for name in odd} == {name: getattr(expected, name) for name in odd}
+    assert read.n_kv_heads == 2
+    assert read.rope["theta"] == 5e5
 
 
 def test_overrides_reach_the_configuration(tmp_path):

@@ -11,10 +11,9 @@ import torch
 
 from bd3lm_scale.config.schema import DiffusionConfig
 from bd3lm_scale.diffusion.mask_counts import count_weights
-from bd3lm_scale.diffusion.noising import noise_rows, noise_rows_for_evaluation, stream_hash
+from bd3lm_scale.diffusion.noising import draw_times, noise_rows, noise_rows_for_evaluation, stream_hash
 from bd3lm_scale.diffusion.process import make_process
 from bd3lm_scale.diffusion.registry import SCHEDULES
-from bd3lm_scale.diffusion.times import draw_times, evaluation_times
 from bd3lm_scale.values import NoisyRows, Rows
 
 MASK, VOCAB = 49, 50
@@ -87,7 +86,7 @@ def test_every_position_sees_all_times_at_micro_batch_1():
     low, high = 0.2, 0.8
     draws = torch.stack(
         [
-            torch.cat([draw_times(11, s, torch.tensor([p]), blocks, gbs, (low, high)) for p in range(gbs)])
+            torch.cat([draw_times(11, "train", s, torch.tensor([p]), blocks, gbs, (low, high)) for p in range(gbs)])
             for s in range(steps)
         ]
     )
@@ -105,29 +104,29 @@ def test_every_position_sees_all_times_at_micro_batch_1():
     assert correlation.abs().max() < 5 / steps**0.5
 
 
-@pytest.mark.parametrize("times", [draw_times, evaluation_times])
-def test_the_rotation_of_the_strata_is_uniform_and_new_at_every_step(times):
+@pytest.mark.parametrize("use", ["train", "evaluation"])
+def test_the_rotation_of_the_strata_is_uniform_and_new_at_every_step(use):
     """With one block there is one stratum and the time is the rotation; with many, all of a step share it."""
     steps = 2000
-    rotation = np.array([float(times(11, step, torch.zeros(1), 1, 1, (0.0, 1.0))) for step in range(steps)])
+    rotation = np.array([float(draw_times(11, use, step, torch.zeros(1), 1, 1, (0.0, 1.0))) for step in range(steps)])
     assert len(np.unique(rotation)) == steps
     assert abs(rotation.mean() - 0.5) < 4 * (1 / 12 / steps) ** 0.5
     assert abs(rotation.var() * 12 - 1) < 0.1
     assert abs(np.corrcoef(rotation[1:], rotation[:-1])[0, 1]) < 4 / steps**0.5
-    many = [times(11, step, torch.arange(4), 8, 4, (0.0, 1.0)).numpy() * 32 % 1 for step in range(3)]
+    many = [draw_times(11, use, step, torch.arange(4), 8, 4, (0.0, 1.0)).numpy() * 32 % 1 for step in range(3)]
     for inside in many:
         assert np.ptp(inside) < 1e-12
     assert np.ptp([inside[0, 0] for inside in many]) > 1e-3
-    assert float(times(12, 0, torch.zeros(1), 1, 1, (0.0, 1.0))) != rotation[0]
+    assert float(draw_times(12, use, 0, torch.zeros(1), 1, 1, (0.0, 1.0))) != rotation[0]
 
 
 def test_evaluation_times_do_not_follow_training_times_and_differ_by_draw():
     rows = torch.arange(6)
-    first, second = (evaluation_times(11, d, rows, 8, 6, FULL) for d in (0, 1))
-    train = draw_times(11, 0, rows, 8, 6, FULL)
+    first, second = (draw_times(11, "evaluation", d, rows, 8, 6, FULL) for d in (0, 1))
+    train = draw_times(11, "train", 0, rows, 8, 6, FULL)
     assert not torch.equal(first, second)
     assert not torch.equal(first, train)
-    assert torch.equal(first[2:4], evaluation_times(11, 0, torch.tensor([2, 3]), 8, 6, FULL))
+    assert torch.equal(first[2:4], draw_times(11, "evaluation", 0, torch.tensor([2, 3]), 8, 6, FULL))
 
 
 def test_masks_are_drawn_anew_for_every_step_draw_row_and_seed():

@@ -15,6 +15,7 @@ import megatron.core.parallel_state
 from bd3lm_scale.config.schema import ParallelConfig
 from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.parallel.mesh import init_mesh, new_host_group, shutdown
+from bd3lm_scale.parallel.sums import sum_on_host
 
 def sockets():
     links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
@@ -35,6 +36,10 @@ def rank(rank, world, port, results):
         assert talk.share(rank) == 0
         dist.all_reduce(torch.ones(3), group=talk.group)
     host = sockets() - before
+    large = 2**64 - 1 - rank  # hashes: the sum wraps around
+    floats, integers = sum_on_host([0.1, float(rank)], [large, rank, 2**63], agreement.group)
+    assert abs(floats[0] - 0.1 * world) < 1e-12 and floats[1] == world * (world - 1) / 2
+    assert integers == [sum(2**64 - 1 - r for r in range(world)) % 2**64, sum(range(world)), world * 2**63 % 2**64]
     parallel_state = megatron.core.parallel_state
     for name, group in (("tensor", parallel_state.get_tensor_model_parallel_group()),
                         ("data", parallel_state.get_data_parallel_group(with_context_parallel=True)),

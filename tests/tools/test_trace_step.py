@@ -21,8 +21,8 @@ def test_one_step_stays_readable(tiny_data):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     files, functions = counts("step", done.stdout)
-    assert files <= 23, done.stdout
-    assert functions <= 74, done.stdout
+    assert files <= 22, done.stdout
+    assert functions <= 70, done.stdout
     assert "training/step.py: given_step, noise_step, train_step" in done.stdout
     files, functions = counts("loop", done.stdout)
     assert files <= 38, done.stdout

@@ -25,13 +25,13 @@ DIFFUSION = (
         ("MDLM's scale without its margin", '_linear("loglinear", 1.0 - MIN_MASK_RATE)', '_linear("loglinear", 1.0)'),
     ),
     *mutants_of(
-        f"{_HERE}times.py",
+        f"{_HERE}noising.py",
         (f"{_NOISE}test_every_position_sees_all_times_at_micro_batch_1",),
-        ("blocks keep their strata over the steps", 'f"{use} times", round_)', 'f"{use} times", 0)'),
+        ("blocks keep their strata over the steps", 'f"{use} times", number)', 'f"{use} times", 0)'),
         ("the upper end of the interval forgotten", "low + (high - low) *", "low + high *"),
         (
             "the same rotation at every step",
-            'f"{use} rotation", round_)', 'f"{use} rotation", 0)',
+            'f"{use} rotation", number)', 'f"{use} rotation", 0)',
             f"{_NOISE}test_the_rotation_of_the_strata_is_uniform_and_new_at_every_step",
         ),
         (
@@ -41,7 +41,7 @@ DIFFUSION = (
         ),
         (
             "evaluation at training's times",
-            '_stratified(seed, "evaluation", draw', '_stratified(seed, "train", draw',
+            'draw_times(seed, "evaluation", draw', 'draw_times(seed, "train", draw',
             f"{_NOISE}test_evaluation_times_do_not_follow_training_times_and_differ_by_draw",
         ),
     ),

@@ -60,7 +60,7 @@ TRAINING = (
         ("the target's gradient forgotten", "grad.scatter_add_(1, local[:, None],", "(0 * grad).scatter_add_(1, local[:, None],"),
     ),
     *mutants_of(
-        "bd3lm_scale/model/embedding.py",
+        "bd3lm_scale/model/denoiser.py",
         (f"{_OBJECTIVE}test_baselines_equal_the_plain_model",),
         ("sine before cosine in the time embedding", "torch.cat([angles.cos(), angles.sin()]", "torch.cat([angles.sin(), angles.cos()]"),
     ),

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
+from bd3lm_scale.checkpoint.hf.configuration_bd3lm import NETWORK, BD3LMConfig
 from bd3lm_scale.checkpoint.hf.network import model_fields
 from bd3lm_scale.checkpoint.metadata import UNKNOWN_DATA, default_mask_id, shortest, split_mask_override, weights_meta
 from bd3lm_scale.checkpoint.names import PREFIX, Architecture, shape_problems, table, to_ours
@@ -129,6 +129,10 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_count_or_derived(value: object) -> bool:
+    return value is None or _is_count(value)
+
+
 COUNT, SHARE, FLAG = (_is_count, "a count"), (_is_number, "a number from 0 to 1"), (_is_flag, "true or false")
 FIELD_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys((*PUBLISHED_FIELDS, "cond_dim", "mlp_ratio"), COUNT),
@@ -138,9 +142,14 @@ FIELD_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "mask_token_id": (lambda value: value is None or value == 0 or _is_count(value), "an id"),
     "objective": (lambda value: value is None or isinstance(value, str), "a name"),
     "training": (lambda value: value is None or isinstance(value, dict), "an object"),
+    **dict.fromkeys(("norm", "mlp"), (lambda value: isinstance(value, str), "a name")),
+    **dict.fromkeys(("ffn_hidden_size", "n_kv_heads", "head_dim"), (_is_count_or_derived, "a count")),
+    **dict.fromkeys(("qk_norm", "qkv_bias", "mlp_bias", "head_bias"), FLAG),
+    "norm_eps": SHARE,
+    "rope": (lambda value: value is None or isinstance(value, dict), "an object"),
 }
 """What config.json may hold, as far as anything is built from it."""
-KNOWN_FIELDS = {*inspect.signature(BD3LMConfig.__init__).parameters, *FIELD_KINDS, "dtype", "torch_dtype"}
+KNOWN_FIELDS = {*inspect.signature(BD3LMConfig.__init__).parameters, *NETWORK, *FIELD_KINDS, "dtype", "torch_dtype"}
 KNOWN_FIELDS -= {"self", "kwargs"}
 
 

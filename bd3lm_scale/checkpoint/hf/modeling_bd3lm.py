@@ -18,6 +18,10 @@ from .generation_bd3lm import BlockGeneration
 from .inputs_bd3lm import Alignment, checked_ids
 from .layers_bd3lm import Backbone, Embedding, Norm, Rotary, ZeroLinear
 from .likelihood_bd3lm import LikelihoodMixin
+
+# named here because transformers 4.49 brings along only the files that this one imports
+from .progress_bd3lm import GenerationState as _GenerationState  # noqa: F401
+from .settings_bd3lm import Settings as _Settings  # noqa: F401
 from .vocabulary_bd3lm import Vocabulary
 
 
