@@ -105,6 +105,13 @@ def test_light_packages_load_no_engine():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
 
+def test_the_commands_import_without_a_word():
+    """Libraries that are off on purpose are not the user's business."""
+    code = "import bd3lm_scale.train, bd3lm_scale.sample, bd3lm_scale.evaluate"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_files_and_functions_stay_small():
     for path in modules():
         text = path.read_text()

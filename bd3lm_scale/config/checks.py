@@ -133,7 +133,8 @@ def _mask_counts(config: RunConfig) -> list[str]:
     low, high = diffusion.clip_low, diffusion.clip_high
     least = low if low > diffusion.time_epsilon else 0.0
     # under other schedules the shares lie between the mask rates at these times; the first step checks those
-    if diffusion.schedule == "loglinear" and not any(least <= k / size <= high for k in range(1, size + 1)):
+    fewest, most = max(1, math.ceil(least * size - 1e-9)), math.floor(high * size + 1e-9)
+    if diffusion.schedule == "loglinear" and fewest > most:
         found.append(
             f"{name}: no number of masked tokens above 0 in a block of {size} gives a share in "
             f"[{low}, {high}]; use resample=false or another clip interval"

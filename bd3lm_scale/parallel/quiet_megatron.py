@@ -7,4 +7,4 @@ import warnings
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine)")
-    import megatron.core  # noqa: F401
+    import megatron.core.models.backends  # noqa: F401

@@ -58,7 +58,7 @@ class ReadAhead:
         assert self._next is not None, "start comes first"
         started = time.perf_counter()
         batch, self._next = self._next.result(), None
-        if batch.noised.interval != interval:  # a validation in between has moved it
+        if batch.noised.clip_interval != interval:  # a validation in between has moved it
             batch = StepBatch(batch.step, batch.rows, self._noise(batch.step, batch.rows, interval))
         self.wait_seconds += time.perf_counter() - started
         return batch

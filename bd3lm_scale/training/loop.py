@@ -196,8 +196,8 @@ def _validate(session: Session, held_out: RowStream, metrics: MetricsWriter, wat
         "validation",
         session.step,
         **vars(likelihood),
-        clip_low=session.interval.low,
-        clip_high=session.interval.high,
+        clip_low=session.clip_interval.low,
+        clip_high=session.clip_interval.high,
         variance={f"{low:g}-{high:g}": loss.variance for (low, high), loss in table.items()},
         relative_variance={f"{low:g}-{high:g}": loss.relative for (low, high), loss in table.items()},
     )

@@ -27,12 +27,12 @@ class NoisedStep:
     """A data-parallel rank's part of a global batch, noised and ready for the device.
 
     Attributes:
-        interval: clip interval that the times were drawn from.
+        clip_interval: clip interval that the times were drawn from.
         micro_batches: in order.
         stream_hash: of this rank's rows, masks and times; ranks' hashes add up to the step's.
     """
 
-    interval: Interval
+    clip_interval: Interval
     micro_batches: list[MicroBatch]
     stream_hash: int
 
@@ -131,8 +131,8 @@ def train_step(
         lr=lr,
         tokens=(step + 1) * config.train.global_batch_size * config.data.context_length,
         stream_hash=stream,
-        clip_low=noised.interval.low,
-        clip_high=noised.interval.high,
+        clip_low=noised.clip_interval.low,
+        clip_high=noised.clip_interval.high,
         was_skipped=verdict != OK,
     )
     return StepOutcome(report, verdict, tuple(votes))

@@ -60,7 +60,7 @@ class Session:
         agreement: how the ranks tell each other small things.
         policy: what to do with bad steps.
         cursor: where training stands in the data; cursor.step is the number of steps done.
-        interval: clip interval in force.
+        clip_interval: clip interval in force.
         validations: how many validations there were (the clip search counts them).
         resumed_from: the checkpoint this attempt started from, if any.
         saved_at: steps done at the last save, or when the checkpoint that this attempt resumed was saved.
@@ -74,7 +74,7 @@ class Session:
     agreement: Agreement
     policy: AnomalyPolicy
     cursor: Cursor
-    interval: Interval
+    clip_interval: Interval
     validations: int = 0
     resumed_from: Path | None = None
     saved_at: int = -1
@@ -99,16 +99,16 @@ class Session:
 
         Needed before the first step and after a change of position: all ranks stop, or leave out a shard, together.
         """
-        self.ahead.start(self.step, self.interval)
+        self.ahead.start(self.step, self.clip_interval)
         _, votes = sum_over_ranks(self.engine, [], self.flags(wants_stop))
         return Votes(*votes)
 
     def read(self) -> StepBatch:
         """The batch of this step; the one after it is begun."""
-        self.ahead.start(self.step, self.interval)
-        batch = self.ahead.take(self.interval)
+        self.ahead.start(self.step, self.clip_interval)
+        batch = self.ahead.take(self.clip_interval)
         if self.step + 1 < self.config.train.steps:
-            self.ahead.start(self.step + 1, self.interval)
+            self.ahead.start(self.step + 1, self.clip_interval)
         return batch
 
     def exclude_bad_shards(self) -> None:
@@ -144,11 +144,11 @@ class Session:
         is_due = search.enabled and self.config.diffusion.objective in ("bd3lm", "mdlm")
         if not is_due or self.validations % search.every_validations:
             return {}
-        table = loss_table(validation.moments, self.engine.process, search.widths, search.step, self.interval)
-        best = choose_interval(table, self.interval)
-        if search.apply and best != self.interval:
-            log.info("clip interval U[%g, %g] -> U[%g, %g]", *self.interval, *best)
-            self.interval = best
+        table = loss_table(validation.moments, self.engine.process, search.widths, search.step, self.clip_interval)
+        best = choose_interval(table, self.clip_interval)
+        if search.apply and best != self.clip_interval:
+            log.info("clip interval U[%g, %g] -> U[%g, %g]", *self.clip_interval, *best)
+            self.clip_interval = best
         return table
 
     def save(self) -> None:
@@ -208,7 +208,7 @@ class Session:
             "tokens": self.step * self.config.train.global_batch_size * self.config.data.context_length,
             "optimizer_step": self.optimizer.updates,
             "cursor": asdict(self.cursor),
-            "clip": {"low": self.interval[0], "high": self.interval[1], "validations": self.validations},
+            "clip": {"low": self.clip_interval[0], "high": self.clip_interval[1], "validations": self.validations},
             "policy": self.policy.state(),
             "config": to_dict(self.config),
             "layout": self.layout(),
@@ -313,7 +313,7 @@ def restore(session: Session, reader: CheckpointReader) -> None:
     session.optimizer.restored(meta["optimizer_step"])
     saved = meta["cursor"]
     session.seek(Cursor(meta["step"], saved["data_offset"], tuple(saved["excluded_shards"])))
-    session.interval = Interval(meta["clip"]["low"], meta["clip"]["high"])
+    session.clip_interval = Interval(meta["clip"]["low"], meta["clip"]["high"])
     session.validations = meta["clip"]["validations"]
     session.policy.restore(meta["policy"])
 

@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from bd3lm_scale.checkpoint.folders import put_in_place
 from bd3lm_scale.checkpoint.reader import find_checkpoint, open_checkpoint
 from bd3lm_scale.checkpoint.store import CheckpointStore, write_weights
 from bd3lm_scale.config.schema import CheckpointConfig
@@ -192,3 +195,27 @@ def test_manifest_is_plain_json(store):
     content = json.loads((store.newest().path / "manifest.json").read_text())
     assert content["version"] == 1
     assert list(content["files"]) == ["rank_00000.safetensors"]
+
+
+def test_a_finished_checkpoint_has_a_durable_name(tmp_path, monkeypatch):
+    """The folder is fsynced after the rename: before, a power cut may still take the name away."""
+    calls, rename, fsync = [], os.rename, os.fsync
+
+    def renamed(source, target, *args, **options):
+        calls.append(("rename", Path(target).name))
+        return rename(source, target, *args, **options)
+
+    def synced(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        calls.append(("fsync", path.name))
+        return fsync(descriptor)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(os, "fsync", synced)
+    for _ in range(2):  # the second one replaces the first
+        temporary = tmp_path / "checkpoints" / ".saving"
+        temporary.mkdir(parents=True)
+        put_in_place(temporary, tmp_path / "checkpoints" / "step_00000001")
+        last = max(number for number, call in enumerate(calls) if call == ("rename", "step_00000001"))
+        assert ("fsync", "checkpoints") in calls[last:]
+        calls.clear()

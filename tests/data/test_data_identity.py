@@ -92,5 +92,6 @@ def test_no_sound_shard_left_is_one_error(tmp_path, tokenizer_path):
     )
     log = (run / "log.txt").read_text()
     assert code == 86
-    assert "every shard is excluded as damaged; restore the train shards" in log
+    assert "every shard is damaged or missing" in log
+    assert "restore them from their source" in log
     assert "Traceback" not in log

@@ -22,7 +22,7 @@ def _leave_groups():
     torch._dynamo.reset()
 
 
-def test_compiled_layers_drop_the_same_and_share_their_graphs(monkeypatch):
+def test_compiled_layers_drop_the_same_and_share_their_graphs():
     """Traced, but not turned into machine code; dropout has another key in every layer and place."""
     config = load_config("configs/demo.yaml", TINY)
     mesh = init_mesh(config.parallel, "cpu")
@@ -41,6 +41,5 @@ def test_compiled_layers_drop_the_same_and_share_their_graphs(monkeypatch):
     assert plain[0] != plain[1]
     compile_layers(engine.chunks, backend="eager")
     # without sharing, five layers of two places each would need ten
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 6)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    assert losses() == pytest.approx(plain, rel=1e-6)
+    with torch._dynamo.config.patch(recompile_limit=6, fail_on_recompile_limit_hit=True):
+        assert losses() == pytest.approx(plain, rel=1e-6)

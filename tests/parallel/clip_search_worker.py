@@ -63,14 +63,18 @@ def search(name: str, overrides: list[str], output: Path, world: int) -> dict:
         train_steps(session, 2)
         table = session.search_clip_interval(validate(session.engine, config, held_out, rows=ROWS, use_ema=True))
         tables.append({f"{low:g}-{high:g}": loss.variance for (low, high), loss in table.items()})
-        intervals.append(session.interval)
+        intervals.append(session.clip_interval)
     after = train_steps(session, 1)
     session.save()
     session.close()
     parallel_state.destroy_model_parallel()
     mesh = init_mesh(config.parallel, "cpu", 60)
     resumed = open_session(config, mesh, stream, agreement_of(mesh))
-    found = {"resumed_interval": resumed.interval, "resumed_validations": resumed.validations, "step": resumed.step}
+    found = {
+        "resumed_interval": resumed.clip_interval,
+        "resumed_validations": resumed.validations,
+        "step": resumed.step,
+    }
     resumed.close()
     parallel_state.destroy_model_parallel()
     return {"tables": tables, "intervals": intervals, "after": after, **found}

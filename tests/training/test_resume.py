@@ -80,7 +80,8 @@ class TestSameLayout:
 
     @pytest.mark.parametrize("world", [1, 2])
     def test_killed_run_resumes_bit_by_bit(self, trainer, tmp_path, straight, two, world):
-        killed = trainer.start(tmp_path, world=world, faults=KILL).wait()
+        # saved before the next step, so that the kill two steps later finds it whole on any machine
+        killed = trainer.start(tmp_path, "checkpoint.asynchronous=false", world=world, faults=KILL).wait()
         assert killed.codes[0] == -signal.SIGKILL, killed.output
         assert max(rows_of(tmp_path)) == 12
         resumed = trainer.command(tmp_path, world=world)

@@ -18,7 +18,7 @@ def session(monkeypatch):
     config = RunConfig(train=TrainConfig(global_batch_size=8))
     parts = {name: Mock() for name in ("engine", "stream", "ahead", "store", "agreement")}
     policy = AnomalyPolicy(config.runtime)
-    return Session(config, **parts, policy=policy, cursor=Cursor(), interval=(0.0, 1.0))
+    return Session(config, **parts, policy=policy, cursor=Cursor(), clip_interval=(0.0, 1.0))
 
 
 def next_row(cursor: Cursor) -> int:

@@ -91,6 +91,24 @@ STATE = (
             "shutil.rmtree(left, ignore_errors=True)", "pass",
             f"{_STORE}test_leftovers_of_dead_saves_are_ignored_and_removed",
         ),
+        (
+            "a checkpoint's name not durable",
+            "    temporary.rename(final)\n    sync_folder(final.parent)\n", "    temporary.rename(final)\n",
+            f"{_STORE}test_a_finished_checkpoint_has_a_durable_name",
+        ),
+    ),
+    *mutants_of(
+        "bd3lm_scale/runtime/durable.py",
+        _CUT,
+        (
+            "a run's small file not durable",
+            "            file.flush()\n            os.fsync(file.fileno())\n", "            file.flush()\n",
+        ),
+        (
+            "a copied tokenizer not durable",
+            '            with open(Path(folder, name), "rb") as file:\n                os.fsync(file.fileno())\n',
+            "            pass\n",
+        ),
     ),
     *mutants_of(
         "bd3lm_scale/checkpoint/store.py",
