@@ -52,7 +52,7 @@ class Process:
         interval starts at 0, where their mean is the bound itself.
         """
         starts_at_zero = self.mask_counts == "stratified" and low <= self.time_epsilon
-        return Interval(0.0, high) if starts_at_zero else Interval(low, high).floored(self.time_epsilon)
+        return Interval(0.0, high) if starts_at_zero else self.training_interval(low, high)
 
     def evaluation_interval(self) -> Interval:
         """Where evaluation times come from: (time_epsilon, 1); blocks of one token are exact at (1, 1)."""
