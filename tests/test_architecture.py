@@ -31,8 +31,8 @@ DOORS = {
     "megatron": {"model", "parallel"},
     "deepspeed": {"optim"},
     "webdataset": {"data"},
-    "sentencepiece": {"data", "checkpoint/hf"},
-    "tokenizers": {"data"},
+    "sentencepiece": {"data"},
+    "tokenizers": {"data", "checkpoint/hf"},
     "transformers": {"checkpoint/hf", "evaluation"},
     "lm_eval": {"evaluation"},
 }
