@@ -16,7 +16,7 @@ from bd3lm_scale.model.parameters import Architecture, padded_vocab_size
 _CUDA_GRAPHS = next(
     name for name in ("cuda_graph_modules", "cuda_graph_scope") if name in TransformerConfig.__dataclass_fields__
 )
-"""Which layers are captured as graphs: none, but the field's own default warns. Its name is new in Megatron-core 0.19."""
+"""Which layers are captured as graphs: none, but the field's own default warns. Megatron-core 0.19 renamed it."""
 
 
 @dataclass
