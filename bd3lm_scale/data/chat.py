@@ -12,6 +12,7 @@ Special tokens are those that the template writes. Their names inside a message 
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,8 +55,7 @@ class Conversation:
 
 
 def check_messages(value: Any, field: str = "messages", needs_answer: bool = True) -> list[dict[str, Any]]:
-    """The messages of a conversation, with an answer or without. BadRecordError, naming the message, for what is none.
-    """
+    """The messages of a conversation, perhaps with an answer. BadRecordError, naming the message, for what is none."""
     if value is None:
         raise BadRecordError("null", f"field {field!r} is null")
     if not isinstance(value, list):
@@ -117,11 +117,12 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        if tokenizer.chat_template is None:
+        template = tokenizer.chat_template
+        if template is None:
             raise ValueError(
                 "the tokenizer has no chat template; give one with --chat-template FILE (Jinja, as in transformers)"
             )
-        self.hash = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+        self.hash = hashlib.sha256(template.encode()).hexdigest()
         self._tokenizer = tokenizer
         self._names = {text: i for i, text in tokenizer.special_text.items() if i != tokenizer.mask_token_id and text}
         longest_first = sorted(self._names, key=len, reverse=True)
@@ -132,7 +133,7 @@ class ChatFormat:
         }
         environment = _environment()
         try:
-            self._template = environment.from_string(tokenizer.chat_template)
+            self._template = environment.from_string(template)
         except (jinja2.TemplateError, RecursionError) as problem:
             raise ValueError(f"the tokenizer's chat template is not usable ({_reason(problem)})") from problem
         self._marks_answers: bool = environment.marks_answers  # pyright: ignore[reportAttributeAccessIssue]
@@ -263,7 +264,7 @@ class ChatFormat:
         place = 0
         for start, stop, token in [*found, (len(text), len(text), None)]:
             edges = [place, *(edge for edge in borders if place < edge < start), start]
-            for low, high in zip(edges, edges[1:], strict=False):
+            for low, high in itertools.pairwise(edges):
                 part = self._stripped(text, low, high)
                 if part:
                     yield part, _is_inside(low, spans), None

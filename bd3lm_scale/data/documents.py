@@ -36,8 +36,8 @@ from bd3lm_scale.data.storage import is_remote, open_sequential
 from bd3lm_scale.data.tables import table_records
 
 __all__ = [
-    "BY_NAME", "FORMATS", "BadRecordError", "Meter", "Options", "Record", "find_inputs", "read_records", "record_object",
-    "record_text",
+    "BY_NAME", "FORMATS", "BadRecordError", "Meter", "Options", "Record",
+    "find_inputs", "read_records", "record_object", "record_text",
 ]  # fmt: skip
 
 _PIECE_BYTES = 1 << 20

@@ -107,7 +107,7 @@ class Tokenizer:
             digest.update(_stored_name(self.kind, file).encode() + hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
 
-    @cached_property
+    @property
     def chat_template(self) -> str | None:
         """What turns messages into text, a Jinja template; None where the tokenizer comes without one."""
         if self.template_file is not None:

@@ -156,17 +156,29 @@ def draw_samples(
             if result.finish[place] == "low_entropy" and tries < sampling.max_redraws:
                 todo.append((number, prompt, tries + 1))
                 continue
-            yield Sample(
-                index=number,
-                tokens=result.tokens[place],
-                prompt_length=len(prompt) - prompt.count(mask_token_id),
-                finish=result.finish[place],
-                nfe=result.nfe[place],
-                forward_calls=result.forward_calls[place],
-                redraws=tries,
-                seconds=seconds,
-                slots=_slots(prompt, mask_token_id, result.log_probs[place]) if result.log_probs is not None else (),
-            )
+            yield _sample(result, place, number, prompt, tries, seconds, mask_token_id)
+
+
+def _sample(
+    result: SampleResult,
+    place: int,
+    number: int,
+    prompt: tuple[int, ...],
+    tries: int,
+    seconds: float,
+    mask_token_id: int,
+) -> Sample:
+    return Sample(
+        index=number,
+        tokens=result.tokens[place],
+        prompt_length=len(prompt) - prompt.count(mask_token_id),
+        finish=result.finish[place],
+        nfe=result.nfe[place],
+        forward_calls=result.forward_calls[place],
+        redraws=tries,
+        seconds=seconds,
+        slots=_slots(prompt, mask_token_id, result.log_probs[place]) if result.log_probs is not None else (),
+    )
 
 
 def _slots(text: tuple[int, ...], mask_token_id: int, log_probs: tuple[float, ...]) -> tuple[tuple[int, float], ...]:

@@ -117,7 +117,10 @@ def test_tools_and_their_calls_reach_the_template(chat):
     form, call = chat(TOOLS), {"function": {"name": "f<|im_end|>", "arguments": {"x": "é < 1"}}}
     messages = [*turns("a"), {"role": "assistant", "content": None, "tool_calls": [call]}]
     messages += [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "one"}]
-    assert answers(form, messages, [{"name": "f"}]) == [f"{json.dumps([call], ensure_ascii=False)}<|im_end|>", "one<|im_end|>"]
+    assert answers(form, messages, [{"name": "f"}]) == [
+        f"{json.dumps([call], ensure_ascii=False)}<|im_end|>",
+        "one<|im_end|>",
+    ]
     assert form.encode(messages, [{"name": "f"}]).text.startswith('[{"name": "f"}]<|im_end|>')
 
 

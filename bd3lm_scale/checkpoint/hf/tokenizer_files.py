@@ -2,7 +2,8 @@
 
 Special ids cannot be produced by text (`split_special_tokens`), nothing is added around text, the mask is never the
 padding. A tokenizer with a chat template takes the names of special tokens for the tokens, as `apply_chat_template`
-needs: transformers tokenizes what the template has written as one text. The original files (tokenizer.model, vocab.json, ...) are copied too: from-hf takes them back unchanged.
+needs: transformers tokenizes what the template has written as one text. The original files (tokenizer.model,
+vocab.json, ...) are copied too: from-hf takes them back unchanged.
 """
 
 import base64
