@@ -27,6 +27,8 @@ def checked_ids(ids, vocab_size, name="input_ids", mask_token_id=None, counts_BL
         raise ValueError(f"{name} ({shape}): give a tensor of shape (rows, tokens), as tokenizers return with 'pt'")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} ({ids.dtype}): token ids are integers; use torch.int64")
+    if not len(ids):
+        raise ValueError(f"{name} {tuple(ids.shape)}: there is no row")
     ids = ids.long()
     counts_BL = torch.ones_like(ids, dtype=torch.bool) if counts_BL is None else counts_BL
     is_outside_BL = counts_BL & ((ids < 0) | (ids >= vocab_size))
