@@ -146,7 +146,7 @@ def test_variants_are_resharded_and_verified(tmp_path, variant, layout):
                meta | {"config": to_dict(wrong)})  # fmt: skip
     (report,) = verify(tmp_path / "run", step=4)
     assert not report.is_valid
-    assert "linear_qkv.weight has shape" in report.problems[0]
+    assert "linear_qkv" in report.problems[0]
 
 
 def test_reshard_exports_a_slice(tmp_path):
