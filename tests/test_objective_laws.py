@@ -108,7 +108,7 @@ def test_what_is_left_out_was_seen_by_nobody(block_size, monkeypatch):
         noisy = given_noise(clean, shown, time, engine.process, training=True)
         read = []
         for layer in engine.chunks[0].decoder.layers:
-            layer.mlp.register_forward_pre_hook(lambda _module, inputs: read.append(len(inputs[0])))
+            layer.mlp.register_forward_pre_hook(lambda _module, inputs, seen=read: seen.append(len(inputs[0])))
         found.append((read, *loss_and_gradients(engine, arch, noisy)))
         shutdown()
     (read, loss, gradients), (all_read, same_loss, same_gradients) = found
