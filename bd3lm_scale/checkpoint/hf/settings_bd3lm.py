@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import GenerationConfig
 
+from .inputs_bd3lm import is_whole
+
 BLOCK_SAMPLERS = ("first_hitting", "ancestral", "confidence", "entropy")
 SAMPLERS = {
     "bd3lm": BLOCK_SAMPLERS,
@@ -101,21 +103,21 @@ class Settings:
         def need(name, is_good, remedy):
             try:
                 is_bad = not is_good(getattr(self, name))
-            except (TypeError, ValueError, OverflowError):
+            except (TypeError, ValueError):
                 is_bad = True
             if is_bad:
                 found.append(f"{name} ({getattr(self, name)}): {remedy}")
 
         need("temperature", lambda t: math.isfinite(t) and t >= 0, "use a number of at least 0 (0 is greedy)")
         need("top_p", lambda p: 0 < p <= 1, "use a number in (0, 1]; 1 keeps every token")
-        need("top_k", lambda k: k is None or (_is_whole(k) and k >= 0), "use an integer; 0 keeps every token")
+        need("top_k", lambda k: k is None or (is_whole(k) and k >= 0), "use an integer; 0 keeps every token")
         for name in ("max_new_tokens", "max_length", "num_steps", "num_return_sequences"):
-            need(name, lambda n: n is None or (_is_whole(n) and n >= 1), "must be an integer of at least 1")
-        need("seed", lambda s: s is None or (_is_whole(s) and -(2**63) <= s < 2**64), "use an integer of 64 bits")
+            need(name, lambda n: n is None or (is_whole(n) and n >= 1), "must be an integer of at least 1")
+        need("seed", lambda s: s is None or (is_whole(s) and -(2**63) <= s < 2**64), "use an integer of 64 bits")
         ids = "use an id, or a list of ids"
-        need("eos_token_id", lambda e: e is None or all(map(_is_whole, e if isinstance(e, list | tuple) else [e])), ids)
+        need("eos_token_id", lambda e: e is None or all(map(is_whole, e if isinstance(e, list | tuple) else [e])), ids)
         for name in ("bos_token_id", "pad_token_id"):
-            need(name, lambda i: i is None or _is_whole(i), "use an id")
+            need(name, lambda i: i is None or is_whole(i), "use an id")
         for name in ("do_sample", "use_cache", "stop_at_eos", "fill", "return_dict_in_generate"):
             need(name, lambda value: value in (True, False), "use true or false")
         need("threshold", math.isfinite, "use a number")
@@ -186,10 +188,6 @@ def _set_fields(config, defaults=None):
 def _is_copy(config):
     """Whether a GenerationConfig is the model's own or made of it, as pipelines do."""
     return hasattr(config, "num_steps") or getattr(config, "_from_model_config", False)
-
-
-def _is_whole(value):
-    return not isinstance(value, bool) and int(value) == value
 
 
 def _plain(value):
