@@ -6,11 +6,13 @@ Shapes: B rows in a micro-batch, L tokens in a row, N blocks in a row, S tokens 
 P positions the transformer reads ([noisy ; clean] = 2L, or L), R rows the head is evaluated at.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # plans and reports read intervals from here, and do without a library of 200 MB
+    from torch import Tensor
 
 CLEAN_VIEW = 0
 
@@ -21,7 +23,7 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def floored(self, time_epsilon: float) -> "Interval":
+    def floored(self, time_epsilon: float) -> Interval:
         """The same without the times below `time_epsilon`, which are never drawn."""
         return Interval(max(self.low, time_epsilon), self.high)
 
@@ -192,5 +194,5 @@ class StateSlice:
     start: int
     stop: int
     is_owner: bool = True
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     parts: tuple[int, ...] = ()

@@ -1,5 +1,6 @@
 """Initial weights: any part of any parameter, drawn alone, is that part of what torch.rand gives for the whole."""
 
+import itertools
 import math
 
 import pytest
@@ -66,7 +67,7 @@ def test_every_cut_of_every_parameter_is_a_part_of_the_whole(monkeypatch, name, 
             for rank in range(count):
                 mine = shard(value, parameter.shard_dim if is_cut else None, rank, count, parameter.parts).flatten()
                 ends = [0, mine.numel() // 3 + 1, mine.numel() // 2 + 2, mine.numel()]
-                for start, stop in zip(ends, ends[1:], strict=False):
+                for start, stop in itertools.pairwise(ends):
                     cut = (parameter.shard_dim if is_cut else None, rank, count, start, stop)
                     run = StateSlice(parameter.name, parameter.shape, *cut, parts=parameter.parts if is_cut else ())
                     out = torch.full((stop - start,), math.nan)
