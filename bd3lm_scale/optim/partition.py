@@ -5,8 +5,9 @@ anything is cut. Here its buffers begin as zeros; the values come afterwards, as
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,12 @@ def buffers_without_copies(parameters: Iterable[nn.Parameter]) -> Iterator[None]
         count = sum(tensor.numel() for tensor in tensors)
         return torch.zeros(count, dtype=tensors[0].dtype, device=tensors[0].device)
 
-    marked, modules = list(parameters), (bf16_optimizer, stage_1_and_2)
-    flatten = [module._flatten_dense_tensors for module in modules]
-    for parameter in marked:
-        parameter.ds_optim_param = True  # pyright: ignore[reportAttributeAccessIssue]  not sent to the other ranks
-    for module in modules:
-        module._flatten_dense_tensors = zeros
-    try:
+    with ExitStack() as patches:
+        for module in (bf16_optimizer, stage_1_and_2):
+            patches.enter_context(mock.patch.object(module, "_flatten_dense_tensors", zeros))
+        for parameter in parameters:  # marked as not to be sent to the other ranks
+            patches.enter_context(mock.patch.object(parameter, "ds_optim_param", True, create=True))
         yield
-    finally:
-        for module, original in zip(modules, flatten, strict=True):
-            module._flatten_dense_tensors = original
-        for parameter in marked:
-            del parameter.ds_optim_param
 
 
 def cut(module: nn.Module, unit: Any, config: dict[str, Any], dtype: torch.dtype) -> None:

@@ -208,13 +208,14 @@ class ZeroOptimizer:
         if self.stage == 3:
             cut(module, unit, derived, parameters[0].dtype)
         with buffers_without_copies(parameters):
-            engine, inner, _, _ = deepspeed.initialize(
+            engine, optimizer, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=adam,
                 model_parameters=cast(Any, parameters),  # annotated as a module, read as parameters
                 mpu=unit,
                 config=derived,
             )
+        inner = cast(Any, optimizer)
         inner.flatten = _flatten_dense_tensors  # from here on there are values: gradients
         return engine, inner
 

@@ -17,7 +17,7 @@ INK, FAINT, ACCENT = "#1f4e79", "#a9c4de", "#c05a1a"
 def smooth(values: np.ndarray, weight: float = 0.97) -> np.ndarray:
     """Exponential moving average without the bias towards its start; non-finite values are passed over."""
     out, total, mass = array("d"), 0.0, 0.0
-    for value in memoryview(values):
+    for value in array("d", values.tobytes()):
         if value - value == 0:  # neither nan nor infinite
             total, mass = weight * total + (1 - weight) * value, weight * mass + (1 - weight)
         out.append(total / mass if mass else value)
