@@ -83,7 +83,8 @@ def build_engine(
     """
     transformer = make_transformer_config(config, vocab_size, mask_token_id, mesh.device)
     visibility = training_visibility(config.diffusion.objective, config.data.context_length, config.block_size)
-    chunks = build_chunks(transformer, mesh, visibility, with_memory=not for_training)
+    pattern = visibility.first(config.sequence_length)
+    chunks = build_chunks(transformer, mesh, pattern, with_memory=not for_training)
     if config.train.compile:
         compile_layers(chunks)
     optimizer = None
