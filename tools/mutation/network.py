@@ -76,11 +76,6 @@ NETWORK = (
         ("biases decay", "else WHOLE, decays=False, rows=rows,", "else WHOLE, rows=rows,"),
     ),
     *mutants_of(
-        "bd3lm_scale/parallel/shards.py",
-        (f"{_TABLE}::test_shards_of_a_gate_hold_gate_and_value_of_the_same_units",),
-        ("ranks cut gate and value as one", "whole.split(parameter.parts, dim) if parameter.parts else [whole]", "[whole]"),
-    ),
-    *mutants_of(
         "bd3lm_scale/checkpoint/boxes.py",
         (_RESHARD,),
         ("checkpoints cut gate and value as one", "for rows in part.parts or (part.global_shape[dim],):", "for rows in (part.global_shape[dim],):"),
