@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data.dataset_folder import inside, read_manifest
 from bd3lm_scale.data.files import open_cache
-from bd3lm_scale.data.shard_source import inside, paths_of, read_manifest, row_payload
+from bd3lm_scale.data.shard_source import paths_of, row_payload
 from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.source import Source, open_source
 from bd3lm_scale.data.storage import DamagedError, is_remote, retrying, transfer
