@@ -213,10 +213,13 @@ def _loader(file: _OpenFile, path: Path, table: np.ndarray, manifest: Manifest) 
         if hashlib.sha256(content).digest() != record["arrays_sha256"].tobytes():
             raise DamagedError(f"its entry in {path} is damaged; restore that file")
         try:
-            arrays = {key: array for key, array in load(content).items() if key in _ARRAYS}
-            shard = Shard(**vars(entry), **arrays)
+            arrays = load(content)
+            members = arrays["token_members"], arrays["document_members"]
+            more = arrays.get("block_crc32"), arrays.get("document_starts")
+            counts = entry.num_tokens, entry.num_documents
+            shard = Shard(entry.name, entry.size, entry.sha256, *counts, *members, *more)
             check_shard(shard, manifest.dtype, manifest.chunk_tokens)
-        except (SafetensorError, TypeError, ValueError) as problem:
+        except (SafetensorError, KeyError, TypeError, ValueError) as problem:
             raise DamagedError(f"its entry in {path} cannot be used ({problem}); prepare anew") from problem
         return shard
 
