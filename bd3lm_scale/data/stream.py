@@ -60,6 +60,10 @@ class RowStream:
         self.refuse_mask(rows, index)
         return rows
 
+    def set_of(self, position: np.ndarray) -> np.ndarray:
+        """Number of the mixture's dataset (n,) that each row of `read_held_out` comes from."""
+        return self.source.dataset_of(self.source.by_weight(position))
+
     def refuse_mask(self, rows: np.ndarray, sample_index: np.ndarray) -> None:
         """BadShardError where a text holds the mask: no model can predict it, and the loss would be infinite."""
         holds = (rows == self.mask_token_id).any(axis=1)
