@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3lm_scale.data.shards import Shard, write_shard
+from bd3lm_scale.data.index import IndexWriter
+from bd3lm_scale.data.shards import write_shard
 from bd3lm_scale.data.tokenizing import Preparation, Tokens, Unit
 
 SPLITS = ("train", "validation")
@@ -73,13 +74,13 @@ class Packer:
         folder: where the shards go.
         dtype: what ids are stored as.
         task: sizes.
-        shards: those written so far.
+        index: of the shards written so far.
         pending: tokens that are in none of them.
     """
 
-    def __init__(self, split: str, folder: Path, dtype: str, task: Preparation, shards: list[Shard], pending: Run):
+    def __init__(self, split: str, folder: Path, dtype: str, task: Preparation, index: IndexWriter, pending: Run):
         self.split = split
-        self.shards = shards
+        self.index = index
         self._folder, self._dtype, self._task = folder, dtype, task
         self._runs = deque([pending] if len(pending.ids) else [])
         self.num_pending = len(pending.ids)
@@ -87,7 +88,7 @@ class Packer:
     @property
     def num_tokens(self) -> int:
         """Tokens in shards or waiting."""
-        return sum(shard.num_tokens for shard in self.shards) + self.num_pending
+        return self.index.num_tokens + self.num_pending
 
     @property
     def is_full(self) -> bool:
@@ -105,8 +106,8 @@ class Packer:
             self._runs.append(run)
             self.num_pending += len(run.ids)
 
-    def cut(self) -> Shard:
-        """Write the next shard."""
+    def cut(self) -> dict:
+        """Write the next shard; its record in the index."""
         wanted = min(self._task.shard_tokens, self.num_pending)
         taken: list[Run] = []
         missing = wanted
@@ -118,11 +119,10 @@ class Packer:
             missing -= len(taken[-1].ids)
         self.num_pending -= wanted
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"{self.split}-{len(self.shards):06d}.tar"
+        name = f"{self.split}-{self.index.num_shards:06d}.tar"
         whole = join(taken, self._dtype)
         shard = write_shard(self._folder, name, whole.ids, whole.document_starts, self._dtype, self._task.chunk_tokens)
-        self.shards.append(shard)
-        return shard
+        return self.index.append(shard)
 
 
 class Splitter:

@@ -6,11 +6,12 @@ from functools import cached_property
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data.dataset_folder import read_manifest
 from bd3lm_scale.data.files import open_files
 from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota, weighted_order
 from bd3lm_scale.data.reader import ShardReader
-from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, data_digest, manifest_from_json
-from bd3lm_scale.data.storage import is_remote, join, read_text
+from bd3lm_scale.data.shard_list import ShardList
+from bd3lm_scale.data.shards import Manifest, TokenizerIdentity, data_digest
 from bd3lm_scale.errors import ConfigError, NoShardLeftError
 
 
@@ -19,12 +20,13 @@ class _Dataset:
     """One split of one folder of shards."""
 
     manifest: Manifest
+    shards: ShardList
     reader: ShardReader
     order: RowOrder
 
     def shard_name(self, number: int) -> str:
         """What errors and exclusions call the shard."""
-        return self.reader.prefix + self.manifest.shards[number].name
+        return self.reader.prefix + self.shards.entry(number).name
 
 
 class ShardSource:
@@ -58,7 +60,7 @@ class ShardSource:
     @property
     def data_hash(self) -> str:
         """Hash of all shards in order; a copy elsewhere has the same."""
-        return data_digest(dataset.manifest for dataset in self._datasets)
+        return data_digest(dataset.shards for dataset in self._datasets)
 
     def seek(self, origin: int) -> None:
         """Told where a batch reader begins; every row can be read at any time, so nothing to do."""
@@ -75,7 +77,7 @@ class ShardSource:
             dataset, chosen = self._datasets[number], source == number
             if self.split == "train" and dataset.reader.files.is_remote:
                 needed = dataset.order.shards_needed(int(inner[chosen].min()))
-                dataset.reader.files.fetch_ahead([dataset.manifest.shards[i] for i in needed])
+                dataset.reader.files.fetch_ahead([dataset.shards.entry(i) for i in needed])
             length = row_payload(self.config)
             rows = dataset.reader.read(shard[chosen], row[chosen] * length, length)
             out[chosen] = wrap_rows(rows, self.tokenizer) if self.config.wrap_rows else rows
@@ -159,46 +161,28 @@ def paths_of(config: DataConfig) -> tuple[str, ...]:
     return tuple(str(path).removeprefix("file://") for path in paths)
 
 
-def inside(folder: str, name: str) -> str:
-    """The address of `name` in a dataset folder, local or remote."""
-    return join(folder, name) if is_remote(folder) else f"{folder.rstrip('/')}/{name}"
-
-
-def read_manifest(config: DataConfig, path: str, split: str) -> Manifest:
-    """The manifest of one split of a dataset folder (ValueError when there is none)."""
-    address = inside(path, f"{split}/{MANIFEST}")
-    try:
-        text = read_text(address, config.retries, config.timeout_seconds)
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(
-            f"data.path ({path}): cannot read {split}/{MANIFEST} ({problem}); give a folder written by "
-            "tools/prepare_data.py (make demo-data builds data/demo)"
-        ) from problem
-    manifest = manifest_from_json(text, address)
-    if manifest.split != split:
-        raise ValueError(f"{address}: describes the split {manifest.split!r}; put the right manifest back")
-    return manifest
-
-
 def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
     config, split = source.config, source.split
     manifest = read_manifest(config, path, split)
     prefix = f"{number}:" if config.mixture else ""
-    rows = np.array([shard.num_tokens // row_payload(config) for shard in manifest.shards], np.int64)
+    shards = manifest.shards
+    assert isinstance(shards, ShardList)
+    rows = shards.num_tokens // row_payload(config)
     if not rows.sum():
         raise ValueError(
             f"data.path ({path}): no text: its {manifest.num_tokens} {split} tokens give no row of "
             f"data.context_length={config.context_length}; prepare more text or use shorter rows"
         )
-    damaged = frozenset(i for i, shard in enumerate(manifest.shards) if prefix + shard.name in source.excluded)
+    names = [name.removeprefix(prefix) for name in source.excluded if name.startswith(prefix)]
+    damaged = frozenset(shards.find(names))
     if split == "train" and damaged and not np.delete(rows, sorted(damaged)).any():
-        raise NoShardLeftError(path, [prefix + manifest.shards[i].name for i in sorted(damaged)])
-    if len(damaged) == len(manifest.shards):
+        raise NoShardLeftError(path, [prefix + shards.entry(i).name for i in sorted(damaged)])
+    if len(damaged) == len(shards):
         reason = f"data.path ({path}): every shard is excluded as damaged; restore the {split} shards"
         raise ConfigError([reason], source="the data")
     order = RowOrder(rows, source.seed, config.shuffle_window, number, damaged)
-    reader = ShardReader(manifest, open_files(path, split, config), config.retries, prefix)
-    return _Dataset(manifest, reader, order)
+    reader = ShardReader(manifest, shards, open_files(path, split, config), config.retries, prefix)
+    return _Dataset(manifest, shards, reader, order)
 
 
 def _same_tokenizer(config: DataConfig, identities: list[TokenizerIdentity]) -> TokenizerIdentity:

@@ -39,6 +39,10 @@ class Source(Protocol):
         """The row (n,) at each place of an order whose first N places hold a mixture's datasets by weight."""
         ...
 
+    def dataset_of(self, sample_index: np.ndarray) -> np.ndarray:
+        """Number of the dataset, in a mixture's order, that each row (n,) comes from."""
+        ...
+
     def shard_of(self, sample_index: int) -> str:
         """The name, as in `excluded`, of the shard that a row comes from."""
         ...

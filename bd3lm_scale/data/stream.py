@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data.dataset_folder import inside, read_manifest
 from bd3lm_scale.data.files import open_cache
-from bd3lm_scale.data.shard_source import inside, paths_of, read_manifest, row_payload
+from bd3lm_scale.data.shard_source import paths_of, row_payload
 from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.source import Source, open_source
 from bd3lm_scale.data.storage import DamagedError, is_remote, retrying, transfer
@@ -58,6 +59,10 @@ class RowStream:
         rows = self.read(index)
         self.refuse_mask(rows, index)
         return rows
+
+    def set_of(self, position: np.ndarray) -> np.ndarray:
+        """Number of the mixture's dataset (n,) that each row of `read_held_out` comes from."""
+        return self.source.dataset_of(self.source.by_weight(position))
 
     def refuse_mask(self, rows: np.ndarray, sample_index: np.ndarray) -> None:
         """BadShardError where a text holds the mask: no model can predict it, and the loss would be infinite."""

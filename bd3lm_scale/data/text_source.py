@@ -88,6 +88,10 @@ class TextSource:
         """The rows as they are."""
         return position
 
+    def dataset_of(self, sample_index: np.ndarray) -> np.ndarray:
+        """All text is one dataset."""
+        return np.zeros_like(sample_index)
+
     def shard_of(self, sample_index: int) -> str:
         """The text as a whole: rows do not know where they come from."""
         return str(self.config.path)

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 
-from bd3lm_scale.data.shards import manifest_from_json
+from bd3lm_scale.data.index import open_split
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from tests.data.conftest import TEXT
 
@@ -30,10 +30,6 @@ def run_tool(command: str) -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main([*arguments, "--workers", "0"] if script.endswith("prepare_data.py") else arguments)
-
-
-def manifest(folder: Path, split: str):
-    return manifest_from_json((folder / split / "manifest.json").read_text(), str(folder))
 
 
 @pytest.fixture
@@ -72,7 +68,7 @@ def test_lm1b_as_written(machine):
     (command,) = [c for c in COMMANDS if "training-monolingual" in c]
     assert run_tool(command) == 0
     for split in ("train", "validation"):
-        found = manifest(machine / "data" / "lm1b", split)
+        found = open_split(machine / "data" / "lm1b" / split)
         assert (found.num_documents, found.num_tokens) == (2, 9)
         assert found.num_text_bytes == len("The cat sat.the cat.")
 
