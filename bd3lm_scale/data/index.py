@@ -1,7 +1,8 @@
 """The index of a split: what is known of each shard, in one file that is mapped into memory and not parsed.
 
     index.bin    [arrays of shard 0][arrays of shard 1]...[table]
-    arrays       a safetensors blob: token_members, document_members, block_crc32, document_starts; more names may join
+    arrays       a safetensors blob: token_members, document_members, block_crc32, document_starts; and in shards of
+                 conversations (version 3) target_members, target_runs
     table        one fixed-size record per shard (RECORD), the SHA-256 of its arrays among them
 
 manifest.json holds a digest of its counts, of where the table lies, and of the table. So the table is verified when the
@@ -27,7 +28,7 @@ from bd3lm_scale.data.shards import MANIFEST, Manifest, counts_of, head_to_json,
 
 INDEX = "index.bin"
 _PART = ".index.part"
-_ARRAYS = ("token_members", "document_members", "block_crc32", "document_starts")
+_ARRAYS = ("token_members", "document_members", "block_crc32", "document_starts", "target_members", "target_runs")
 _TAIL_BYTES = 32 + 8  # a SHA-256 and a length
 
 
@@ -86,6 +87,8 @@ class IndexWriter:
         start, digest = _end(self._records), hashlib.sha256(content).hexdigest()
         entry = {field.name: getattr(shard, field.name) for field in fields(ShardEntry)}
         record = {**entry, "arrays_start": start, "arrays_size": len(content), "arrays_sha256": digest}
+        if shard.target_runs is not None:
+            record["num_targets"] = int(np.diff(shard.target_runs).sum())
         self._records.append(record)
         self.num_tokens += shard.num_tokens
         return record
@@ -100,6 +103,8 @@ class IndexWriter:
             What `open_split` gives.
         """
         totals = {key: sum(record[key] for record in self._records) for key in ("num_tokens", "num_documents")}
+        if self._records and "num_targets" in self._records[0]:
+            totals["num_targets"] = sum(record["num_targets"] for record in self._records)
         manifest = replace(manifest, shards=(), **totals)
         table = _table(self._records)
         with (self._folder / _PART).open("ab") as file:
@@ -128,7 +133,7 @@ def _table(records: list[dict]) -> np.ndarray:
 
 
 def _head(manifest: Manifest, table: np.ndarray) -> dict:
-    """A manifest of version 2."""
+    """A manifest of version 2, or of version 3 where only some tokens are targets."""
     start = int((table["arrays_start"] + table["arrays_size"]).max(initial=0))
     place = {
         "file": INDEX,
@@ -138,7 +143,7 @@ def _head(manifest: Manifest, table: np.ndarray) -> dict:
         "name_bytes": table.dtype["name"].itemsize,
         "block_bytes": BLOCK_BYTES,
     }
-    head = head_to_json(manifest, 2, _digest(manifest, place, table))
+    head = head_to_json(manifest, 2 if manifest.num_targets is None else 3, _digest(manifest, place, table))
     return {**head, "index": place}
 
 
@@ -215,7 +220,9 @@ def _loader(file: _OpenFile, path: Path, table: np.ndarray, manifest: Manifest) 
         try:
             arrays = load(content)
             members = arrays["token_members"], arrays["document_members"]
-            more = arrays.get("block_crc32"), arrays.get("document_starts")
+            more = [arrays.get(key) for key in _ARRAYS[2:]]
+            if {array is not None for array in more[2:]} != {manifest.num_targets is not None}:
+                raise ValueError("it says which tokens are targets, unlike its manifest, or does not")
             counts = entry.num_tokens, entry.num_documents
             shard = Shard(entry.name, entry.size, entry.sha256, *counts, *members, *more)
             check_shard(shard, manifest.dtype, manifest.chunk_tokens)

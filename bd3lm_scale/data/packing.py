@@ -46,23 +46,28 @@ class InputCursor:
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens of one split in order, and the places among them where documents start."""
+    """Tokens of one split in order, the places among them where documents start, and which are targets (None: all)."""
 
     ids: np.ndarray
     document_starts: np.ndarray
+    is_target: np.ndarray | None = None
 
     def cut(self, start: int, stop: int) -> "Run":
         """The tokens from `start` to `stop`."""
         low, high = np.searchsorted(self.document_starts, [start, stop])
-        return Run(self.ids[start:stop], self.document_starts[low:high] - start)
+        is_target = None if self.is_target is None else self.is_target[start:stop]
+        return Run(self.ids[start:stop], self.document_starts[low:high] - start, is_target)
 
 
 def join(runs: list[Run], dtype: str) -> Run:
     """Runs one after another."""
     ends = np.cumsum([len(run.ids) for run in runs], dtype=np.int64)
     starts = [run.document_starts + end - len(run.ids) for run, end in zip(runs, ends, strict=True)]
+    marks = [run.is_target for run in runs if run.is_target is not None]
     return Run(
-        np.concatenate([np.zeros(0, dtype), *(r.ids for r in runs)]), np.concatenate([np.zeros(0, int), *starts])
+        np.concatenate([np.zeros(0, dtype), *(r.ids for r in runs)]),
+        np.concatenate([np.zeros(0, int), *starts]),
+        np.concatenate(marks) if marks else None,
     )
 
 
@@ -121,7 +126,15 @@ class Packer:
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"{self.split}-{self.index.num_shards:06d}.tar"
         whole = join(taken, self._dtype)
-        shard = write_shard(self._folder, name, whole.ids, whole.document_starts, self._dtype, self._task.chunk_tokens)
+        shard = write_shard(
+            self._folder,
+            name,
+            whole.ids,
+            whole.document_starts,
+            self._dtype,
+            self._task.chunk_tokens,
+            whole.is_target,
+        )
         return self.index.append(shard)
 
 
@@ -150,7 +163,9 @@ class Splitter:
         for chosen in (False, True):
             lengths = np.where(held_out == chosen, tokens.lengths, 0)
             begins = tokens.starts & (lengths > 0)
-            runs.append(Run(tokens.ids[token_held_out == chosen], (np.cumsum(lengths) - lengths)[begins]))
+            is_ours = token_held_out == chosen
+            is_target = None if tokens.is_target is None else tokens.is_target[is_ours]
+            runs.append(Run(tokens.ids[is_ours], (np.cumsum(lengths) - lengths)[begins], is_target))
         following = InputCursor(
             file=unit.next_place[0],
             record=unit.next_place[1],

@@ -12,17 +12,25 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
+from bd3lm_scale.data.chat import chat_format
 from bd3lm_scale.data.index import IndexWriter, open_split
 from bd3lm_scale.data.inputs import changed_inputs
 from bd3lm_scale.data.packing import BAD, IGNORED, SPLITS, InputCursor, Packer, Run, Splitter, join
 from bd3lm_scale.data.shards import MANIFEST, Manifest, shard_from_json, token_dtype, write_file
-from bd3lm_scale.data.tokenizer import Tokenizer, identity_of, load_tokenizer
-from bd3lm_scale.data.tokenizing import Preparation, Tokens, Unit, num_documents, tokenized_units
+from bd3lm_scale.data.tokenizer import Tokenizer, identity_of
+from bd3lm_scale.data.tokenizing import (
+    Preparation,
+    Tokens,
+    Unit,
+    load_tokenizer_for,
+    num_documents,
+    tokenized_units,
+)
 
 PROGRESS = "progress.jsonl"
 BAD_RECORDS = "bad_records.jsonl"
@@ -48,7 +56,7 @@ def prepare(
     Returns:
         The manifest of each split that has tokens.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer_for(task, tokenizer_path)
     description = _description(task, tokenizer)
     finished = _finished(output, description)
     if finished is not None:
@@ -83,6 +91,8 @@ def prepare(
 def _description(task: Preparation, tokenizer: Tokenizer) -> dict:
     """What the bytes of the result depend on, and its hash."""
     description = {**task.describe(), "tokenizer": tokenizer.hash}
+    if task.messages:
+        description["chat_template"] = chat_format(tokenizer).hash
     fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     return {**description, "fingerprint": fingerprint}
 
@@ -96,6 +106,7 @@ def _manifests(
         seen = f" ({', '.join(f'{name}: {count:,}' for name, count in passed.items())})" if passed else ""
         raise ValueError(f"no text: the {len(task.files)} input files hold only empty documents, or none{seen}")
     preparation = {**description, "read": _what_was_read(task, head)}
+    identity = replace(identity_of(tokenizer), chat_template=description.get("chat_template", ""))
     return {
         split: Manifest(
             split=split,
@@ -104,7 +115,7 @@ def _manifests(
             num_tokens=0,
             num_documents=0,
             num_text_bytes=head.text_bytes[number],
-            tokenizer=identity_of(tokenizer),
+            tokenizer=identity,
             shards=(),
             preparation=preparation,
         )
@@ -246,19 +257,13 @@ class _ProgressLog:
         if not self._num_shards:
             return join([], dtype)
         with np.load(self._pending_file(self._num_shards), allow_pickle=False) as arrays:
-            return Run(arrays[f"{split}_ids"], arrays[f"{split}_document_starts"])
+            return Run(arrays[f"{split}_ids"], arrays[f"{split}_document_starts"], arrays.get(f"{split}_is_target"))
 
     def append(self, split: str, shard: dict, head: InputCursor, packers: list[Packer]) -> None:
         """Note a shard that a packer has just added to its index."""
-        train, validation = (packer.pending for packer in packers)
+        arrays = {f"{packer.split}_{name}": array for packer in packers for name, array in vars(packer.pending).items()}
         with self._pending_file(self._num_shards).open("wb") as file:
-            np.savez(
-                file,
-                train_ids=train.ids,
-                train_document_starts=train.document_starts,
-                validation_ids=validation.ids,
-                validation_document_starts=validation.document_starts,
-            )
+            np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
             file.flush()
             os.fsync(file.fileno())
         entry = {"split": split, "shard": shard, "head": asdict(head)}

@@ -8,6 +8,8 @@ from typing import overload
 
 import numpy as np
 
+from bd3lm_scale.data.targets import check_runs, runs_member
+
 TAR_BLOCK = 512
 NPY_HEADER = 128
 BLOCK_BYTES = 4096
@@ -30,16 +32,19 @@ class Shard(ShardEntry):
     """One tar.
 
     Attributes:
-        token_members, document_members: int64 (chunks, 3): offset of the data, size, crc32.
+        token_members, document_members, target_members: int64 (chunks, 3): offset of the data, size, crc32.
         block_crc32: uint32 (blocks,), of every BLOCK_BYTES of the first chunk's tokens, then of the second's, ...;
             None in manifests of version 1.
         document_starts: sorted int64 (documents,), places in the shard where a document begins; None in version 1.
+        target_runs: int64 (runs, 2), [start, stop) of what is a target (data/targets.py); None: every token is.
     """
 
     token_members: np.ndarray
     document_members: np.ndarray
     block_crc32: np.ndarray | None = None
     document_starts: np.ndarray | None = None
+    target_members: np.ndarray | None = None
+    target_runs: np.ndarray | None = None
 
     def to_json(self) -> dict:
         """The shard's entry in a manifest of version 1."""
@@ -147,13 +152,14 @@ def block_checksums(tokens: np.ndarray, chunk_tokens: int) -> np.ndarray:
 def check_shard(shard: Shard, dtype: str, chunk_tokens: int) -> None:
     """ValueError unless the shard is laid out as `write_shard` does."""
     itemsize = np.dtype(dtype).itemsize
-    tokens, documents = shard.token_members, shard.document_members
+    tokens, kinds = shard.token_members, [shard.token_members, shard.document_members]
+    kinds += [] if shard.target_members is None else [shard.target_members]
     chunks = -(-shard.num_tokens // chunk_tokens)
-    if len(tokens) != chunks or len(documents) != chunks:
+    if {len(members) for members in kinds} != {chunks}:
         raise ValueError(f"{shard.name} has {len(tokens)} members for {chunks} chunks of tokens")
     lengths = np.full(chunks, chunk_tokens)
     lengths[-1] = shard.num_tokens - (chunks - 1) * chunk_tokens
-    members = np.stack([tokens, documents], axis=1).reshape(-1, 3)
+    members = np.stack(kinds, axis=1).reshape(-1, 3)
     in_range = (members >= 0).all() and (members[:, :2] <= shard.size).all() and (members[:, 2] < 1 << 32).all()
     padded = -(-members[:, 1] // TAR_BLOCK) * TAR_BLOCK
     offsets = TAR_BLOCK + np.concatenate([[0], np.cumsum(padded[:-1] + TAR_BLOCK)])
@@ -170,3 +176,9 @@ def check_shard(shard: Shard, dtype: str, chunk_tokens: int) -> None:
         is_inside = not len(starts) or (starts[0] >= 0 and starts[-1] < shard.num_tokens)
         if len(starts) != shard.num_documents or not is_inside or (np.diff(starts) < 0).any():
             raise ValueError(f"{shard.name}: its documents do not begin where its tokens are")
+    if shard.target_members is not None and shard.target_runs is not None:
+        check_runs(shard.target_runs, shard.num_tokens, shard.name)
+        for chunk, (_, size, crc32) in enumerate(shard.target_members.tolist()):
+            data = runs_member(shard.target_runs, chunk * chunk_tokens, (chunk + 1) * chunk_tokens)
+            if (len(data), zlib.crc32(data)) != (size, crc32):
+                raise ValueError(f"{shard.name}: its target_runs are not those of its chunk {chunk}")

@@ -7,6 +7,9 @@
 A shard is one run of tokens cut into chunks of `chunk_tokens` (only its last chunk may be shorter), so token n
 lies in chunk n // chunk_tokens: rows of any length are cut at load time without reading anything else.
 `documents` holds the places in the chunk where a document begins. The bytes depend on the tokens alone.
+
+Shards of conversations say which tokens are targets (version 3): 00000000.targets.npy has the runs of targets in the
+chunk, uint32 (runs, 2), and the index those of the shard (data/targets.py). In all others every token is a target.
 """
 
 import hashlib
@@ -23,9 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_scale.data.shard_list import TAR_BLOCK, Shard, ShardList, block_checksums, check_shard, plain_name
+from bd3lm_scale.data.targets import npy_bytes, runs_member, runs_of
 
 FORMAT = "bd3lm_scale.shards"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 MANIFEST = "manifest.json"
 _LARGEST_COUNT = 1 << 62
 _DIGEST_SHARDS = 4096
@@ -33,7 +37,10 @@ _DIGEST_SHARDS = 4096
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What the shards know about the tokenizer that made them."""
+    """What the shards know about the tokenizer that made them.
+
+    `chat_template` is the SHA-256 of the template that conversations were written with.
+    """
 
     hash: str
     vocab_size: int
@@ -42,11 +49,19 @@ class TokenizerIdentity:
     eos_token_id: int
     pad_token_id: int
     files: tuple[str, ...] = ()
+    chat_template: str = ""
+
+    def to_json(self) -> dict:
+        """Its entry in a manifest; shards of plain text know no chat template."""
+        return {key: value for key, value in vars(self).items() if key != "chat_template" or value}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One split: its shards in order (a ShardList, once it is read), and everything needed to read them."""
+    """One split: its shards in order (a ShardList, once it is read), and everything needed to read them.
+
+    `num_targets` is None where every token is a target.
+    """
 
     split: str
     dtype: str
@@ -57,6 +72,7 @@ class Manifest:
     tokenizer: TokenizerIdentity
     shards: Sequence[Shard]
     preparation: dict
+    num_targets: int | None = None
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -81,9 +97,10 @@ def head_to_json(manifest: Manifest, version: int, rows_digest: str) -> dict:
         "chunk_tokens": manifest.chunk_tokens,
         "num_tokens": manifest.num_tokens,
         "num_documents": manifest.num_documents,
+        **({} if manifest.num_targets is None else {"num_targets": manifest.num_targets}),
         "num_text_bytes": manifest.num_text_bytes,
         "rows_sha256": rows_digest,
-        "tokenizer": vars(manifest.tokenizer),
+        "tokenizer": manifest.tokenizer.to_json(),
         "preparation": manifest.preparation,
     }
 
@@ -100,6 +117,7 @@ def _rows_digest(manifest: Manifest) -> str:
 def counts_of(manifest: Manifest) -> list:
     """What a manifest says of all its shards together, for its digest."""
     counts = [manifest.chunk_tokens, manifest.num_tokens, manifest.num_documents, manifest.num_text_bytes]
+    counts += [] if manifest.num_targets is None else [manifest.num_targets]
     return [manifest.split, manifest.dtype, counts]
 
 
@@ -125,7 +143,7 @@ def manifest_from_json(
     Args:
         text: its JSON.
         where: names it in errors.
-        open_index: gives the shards of a manifest of version 2 for its head and its entry "index"; without it the
+        open_index: gives the shards of a manifest of a later version for its head and its entry "index"; without it the
             head alone is read, and `shards` stays empty.
 
     Raises:
@@ -173,6 +191,7 @@ def _parse(raw: dict, is_listed: bool) -> Manifest:
         tokenizer=_identity(_typed(raw, "tokenizer", dict)),
         shards=ShardList.of([shard_from_json(e) for e in _typed(raw, "shards", list)]) if is_listed else (),
         preparation=_typed(raw, "preparation", dict),
+        num_targets=whole(raw, "num_targets") if raw["version"] == 3 else None,
     )
 
 
@@ -198,7 +217,8 @@ def _identity(raw: dict) -> TokenizerIdentity:
         if value >= size:
             raise ValueError(f"{key} is {value}, the vocabulary has {size} ids")
     files = tuple(plain_name(name) for name in _typed(raw, "files", list))
-    return TokenizerIdentity(hash=_typed(raw, "hash", str), vocab_size=size, files=files, **found)
+    template = _typed(raw, "chat_template", str) if "chat_template" in raw else ""
+    return TokenizerIdentity(_typed(raw, "hash", str), size, **found, files=files, chat_template=template)
 
 
 def _check_totals(manifest: Manifest) -> None:
@@ -275,14 +295,14 @@ class _HashingFile(io.RawIOBase):
         self._file.close()
 
 
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
 def write_shard(
-    folder: Path, name: str, tokens: np.ndarray, document_starts: np.ndarray, dtype: str, chunk_tokens: int
+    folder: Path,
+    name: str,
+    tokens: np.ndarray,
+    document_starts: np.ndarray,
+    dtype: str,
+    chunk_tokens: int,
+    is_target: np.ndarray | None = None,
 ) -> Shard:
     """Write one shard atomically and return its manifest entry.
 
@@ -293,21 +313,26 @@ def write_shard(
         document_starts: sorted places in `tokens` where a document begins.
         dtype: what the ids are stored as; ValueError if one does not fit.
         chunk_tokens: tokens per member.
+        is_target: bool (n,), which tokens are targets; None: all of them, and nothing is written about it.
     """
     if int(tokens.max()) > np.iinfo(dtype).max:
         raise ValueError(f"token id {int(tokens.max())} does not fit {dtype}; the tokenizer's vocab_size is too small")
     tokens = tokens.astype(np.dtype(dtype).newbyteorder("<"))
     temporary = folder / f".{name}.tmp"
     file = _HashingFile(temporary)
-    token_members, document_members = [], []
+    token_members, document_members, target_members = [], [], []
+    target_runs = None if is_target is None else runs_of(is_target)
     try:
         with tarfile.open(mode="w|", fileobj=file, format=tarfile.USTAR_FORMAT, bufsize=1 << 20) as tar:
             for chunk, start in enumerate(range(0, len(tokens), chunk_tokens)):
                 stop = min(start + chunk_tokens, len(tokens))
                 low, high = np.searchsorted(document_starts, [start, stop])
                 starts = (document_starts[low:high] - start).astype("<u4")
-                token_members.append(_add_member(tar, f"{chunk:08d}.tokens.npy", _npy(tokens[start:stop])))
-                document_members.append(_add_member(tar, f"{chunk:08d}.documents.npy", _npy(starts)))
+                token_members.append(_add_member(tar, f"{chunk:08d}.tokens.npy", npy_bytes(tokens[start:stop])))
+                document_members.append(_add_member(tar, f"{chunk:08d}.documents.npy", npy_bytes(starts)))
+                if target_runs is not None:
+                    runs = runs_member(target_runs, start, stop)
+                    target_members.append(_add_member(tar, f"{chunk:08d}.targets.npy", runs))
         file.finish()
     except BaseException:
         file.abandon()
@@ -324,6 +349,8 @@ def write_shard(
         document_members=_members(document_members),
         block_crc32=block_checksums(tokens, chunk_tokens),
         document_starts=np.asarray(document_starts, np.int64),
+        target_members=None if target_runs is None else _members(target_members),
+        target_runs=target_runs,
     )
 
 
