@@ -69,7 +69,7 @@ def build_engine(
     """Build this rank's part of the model and, for training, its optimizer."""
     transformer = make_transformer_config(config, vocab_size, mask_token_id, mesh.device)
     visibility = training_visibility(config.diffusion.objective, config.data.context_length, config.block_size)
-    chunks = build_chunks(transformer, mesh, visibility, config.seed)
+    chunks = build_chunks(transformer, mesh, visibility.first(config.sequence_length), config.seed)
     if config.train.compile:
         compile_layers(chunks)
     optimizer = None

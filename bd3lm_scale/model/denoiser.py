@@ -86,9 +86,7 @@ class Denoiser(MegatronModule):
         )
         if has_head:
             self.head = Head(config, group)
-        position = torch.arange(config.context_length)
-        if config.sequence_length == 2 * config.context_length:
-            position = torch.cat([position, position])  # both halves stand at the same places
+        position = torch.arange(config.sequence_length) % config.context_length  # both halves stand at the same places
         self.register_buffer("training_rotary", self.rotary(position), persistent=False)
 
     def set_visibility(self, visibility: Visibility) -> None:
@@ -113,7 +111,8 @@ class Denoiser(MegatronModule):
         """What the next stage needs, or (2, R) target logits and log-sum-exps on the last chunk.
 
         Args:
-            input_BP: token ids (used by the first chunk only, its shape by all).
+            input_BP: token ids (used by the first chunk only, its shape by all); those beyond P, the last clean
+                block, are seen by no scored position and not read.
             sigma_B: noise levels.
             dropout_key: int64 scalar on the CPU; None when evaluating.
             index_R: flat index b * L + l of the scored rows (used by the last chunk only).
@@ -122,7 +121,7 @@ class Denoiser(MegatronModule):
         batch, length = input_BP.shape[0], self.config.context_length
         hidden, conditioning = None, None
         if self.pre_process:
-            hidden, conditioning = self.embed(input_BP), self.condition(sigma_B)
+            hidden, conditioning = self.embed(input_BP[:, : self.config.sequence_length]), self.condition(sigma_B)
         elif self.carries_conditioning:
             conditioning = self._take_conditioning()
         hidden = self.decoder(
