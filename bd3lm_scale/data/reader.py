@@ -16,6 +16,7 @@ import numpy as np
 from bd3lm_scale.data.shard_list import BLOCK_BYTES, Shard, ShardEntry, ShardList, blocks_per_chunk
 from bd3lm_scale.data.shards import Manifest
 from bd3lm_scale.data.storage import DamagedError, retrying
+from bd3lm_scale.data.targets import TargetIndex
 from bd3lm_scale.errors import BadShardError
 
 _OPEN_SHARDS = 64
@@ -132,6 +133,7 @@ class ShardReader:
     retries: int
     prefix: str = ""
     _open: OrderedDict[int, _OpenShard] = field(default_factory=OrderedDict, repr=False)
+    _targets: OrderedDict[int, TargetIndex] = field(default_factory=OrderedDict, repr=False)
 
     def read(self, shard: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
         """Tokens start[i] ... start[i] + length of shard[i], as (n, length) in the stored dtype.
@@ -145,6 +147,20 @@ class ShardReader:
         for i in np.lexsort((start, shard)).tolist():
             self._read_row(view[i * row_bytes : (i + 1) * row_bytes], int(shard[i]), int(start[i]))
         return out
+
+    def targets(self, number: int) -> TargetIndex:
+        """The targets of a shard of a manifest that has some; only the index is read. BadShardError."""
+        if number not in self._targets:
+            try:
+                runs = self.shards[number].target_runs
+            except (OSError, DamagedError) as problem:
+                raise BadShardError(self.prefix + self.shards.entry(number).name, str(problem)) from problem
+            assert runs is not None, "a manifest with targets has them in every shard"
+            self._targets[number] = TargetIndex(runs)
+            if len(self._targets) > _OPEN_SHARDS:
+                self._targets.popitem(last=False)
+        self._targets.move_to_end(number)
+        return self._targets[number]
 
     def close(self) -> None:
         """Close all files."""

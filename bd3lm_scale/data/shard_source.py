@@ -1,5 +1,6 @@
 """Token rows by global sample index: order, shards and mixture joined. Loads no torch: data workers start fast."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,7 @@ from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota, weight
 from bd3lm_scale.data.reader import ShardReader
 from bd3lm_scale.data.shard_list import ShardList
 from bd3lm_scale.data.shards import Manifest, TokenizerIdentity, data_digest
+from bd3lm_scale.data.targets import RowLayout, TargetIndex
 from bd3lm_scale.errors import ConfigError, NoShardLeftError
 
 
@@ -23,6 +25,11 @@ class _Dataset:
     shards: ShardList
     reader: ShardReader
     order: RowOrder
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether its shards say which tokens are targets."""
+        return self.manifest.num_targets is not None
 
     def shard_name(self, number: int) -> str:
         """What errors and exclusions call the shard."""
@@ -41,7 +48,9 @@ class ShardSource:
     Attributes:
         num_rows: rows per epoch, of all datasets together.
         dtype: what rows are read as.
-        tokenizer: the identity all datasets share.
+        tokenizer: the identity all datasets share, with the chat template of those that have one.
+        tokenizer_home: the folder that has it.
+        has_layout: whether some tokens are no targets.
     """
 
     def __init__(self, config: DataConfig, seed: int, split: str, excluded: tuple[str, ...] = ()):
@@ -50,7 +59,8 @@ class ShardSource:
         self.split = split
         self.excluded = excluded
         self._datasets = tuple(_open_dataset(self, path, number) for number, path in enumerate(paths_of(config)))
-        self.tokenizer = _same_tokenizer(config, [d.manifest.tokenizer for d in self._datasets])
+        self.tokenizer, self.tokenizer_home = _same_tokenizer(config, [d.manifest.tokenizer for d in self._datasets])
+        self.has_layout = any(dataset.has_targets for dataset in self._datasets)
         self.dtype = np.dtype(self._datasets[0].manifest.dtype)
         self.num_rows = sum(d.order.num_rows for d in self._datasets)
         self._mixture = None
@@ -82,6 +92,38 @@ class ShardSource:
             rows = dataset.reader.read(shard[chosen], row[chosen] * length, length)
             out[chosen] = wrap_rows(rows, self.tokenizer) if self.config.wrap_rows else rows
         return out
+
+    def layout(self, sample_index: np.ndarray) -> RowLayout:
+        """The targets of rows, for int64 sample indices (n,). BadShardError.
+
+        In a dataset without marks every token is one; BOS and EOS around a row of answers are none.
+        """
+        source, shard, row, _ = self._locate(sample_index)
+        out = RowLayout(np.ones((len(source), self.config.context_length), bool))
+        length = row_payload(self.config)
+        for chosen, targets in self._marked(source, shard):
+            marks = targets.mark(row[chosen] * length, length)
+            out.is_target[chosen] = np.pad(marks, ((0, 0), (1, 1))) if self.config.wrap_rows else marks
+        return out
+
+    def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
+        """Targets of rows, and how many of them begin a row; int64 (n, 2), from the index alone. BadShardError."""
+        source, shard, row, _ = self._locate(sample_index)
+        out = np.tile(np.array([self.config.context_length, 1], np.int64), (len(source), 1))
+        length = row_payload(self.config)
+        for chosen, targets in self._marked(source, shard):
+            start = row[chosen] * length
+            out[chosen, 0] = targets.count(start, length)
+            out[chosen, 1] = 0 if self.config.wrap_rows else targets.count(start, 1)
+        return out
+
+    def _marked(self, source: np.ndarray, shard: np.ndarray) -> Iterator[tuple[np.ndarray, TargetIndex]]:
+        """(which of the rows, their shard's targets), for every shard that has marks."""
+        for number in np.unique(source):
+            dataset = self._datasets[number]
+            if dataset.has_targets:
+                for one in np.unique(shard[source == number]):
+                    yield np.flatnonzero((source == number) & (shard == one)), dataset.reader.targets(int(one))
 
     @property
     def num_sound_rows(self) -> int:
@@ -185,11 +227,18 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
     return _Dataset(manifest, shards, reader, order)
 
 
-def _same_tokenizer(config: DataConfig, identities: list[TokenizerIdentity]) -> TokenizerIdentity:
+def _same_tokenizer(config: DataConfig, identities: list[TokenizerIdentity]) -> tuple[TokenizerIdentity, str]:
+    """The datasets' tokenizer, and the folder to take it from: one that has the chat template of conversations."""
+    chosen = next((number for number, identity in enumerate(identities) if identity.chat_template), 0)
     for path, identity in zip(paths_of(config), identities, strict=True):
         if identity.hash != identities[0].hash:
             raise ValueError(
                 f"data.mixture ({path}): made with tokenizer {identity.hash[:12]}, the first dataset with "
                 f"{identities[0].hash[:12]}; prepare all of them with the same --tokenizer"
             )
-    return identities[0]
+        if identity.chat_template not in ("", identities[chosen].chat_template):
+            raise ValueError(
+                f"data.mixture ({path}): its conversations are written with another chat template than those before; "
+                "prepare all of them with the same --chat-template"
+            )
+    return identities[chosen], paths_of(config)[chosen]

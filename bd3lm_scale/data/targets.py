@@ -5,8 +5,19 @@ index, so that how many targets a row has is known before a token is read; its t
 """
 
 import io
+from typing import NamedTuple
 
 import numpy as np
+
+
+class RowLayout(NamedTuple):
+    """What the positions of rows are.
+
+    Attributes:
+        is_target: bool (n, L), tokens to be predicted.
+    """
+
+    is_target: np.ndarray
 
 
 def runs_of(is_target: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import tokenizers
 from bd3lm_scale.data.index import open_split
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from tests.data.conftest import TEXT
+from tests.data.templates import MARKED, turns, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(r"^python tools/(?:.*\\\n)*.*$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
@@ -71,6 +72,19 @@ def test_lm1b_as_written(machine):
         found = open_split(machine / "data" / "lm1b" / split)
         assert (found.num_documents, found.num_tokens) == (2, 9)
         assert found.num_text_bytes == len("The cat sat.the cat.")
+
+
+def test_conversations_as_written(machine):
+    commands = [c for c in COMMANDS if " talk.jsonl " in c]
+    assert len(commands) == 2
+    talk = turns("2 + 2?", "4")
+    (machine / "talk.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 3)
+    (machine / "mine.jinja").write_text(MARKED)
+    write_tokenizer(machine / "qwen")
+    assert [run_tool(c) for c in commands] == [0, 0]
+    for name in ("talk", "mine"):
+        assert open_split(machine / "data" / name / "train").num_targets == 2 * len(["4", "<|im_end|>"])
+        assert load_tokenizer(machine / "data" / name / "tokenizer").chat_template
 
 
 def test_every_option_of_the_document_exists():
