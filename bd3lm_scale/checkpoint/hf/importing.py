@@ -72,7 +72,7 @@ def read_config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     if not path.is_file():
         raise ValueError(f"{source}: no config.json; give a folder as save_pretrained or to-hf writes it")
-    fields = _read_json(path)
+    fields = read_json(path)
     kind = fields.get("model_type")
     if kind != "bd3lm":
         raise ValueError(
@@ -100,7 +100,8 @@ def hf_config_of(source: Path, fields: dict[str, Any]) -> BD3LMConfig:
         raise ValueError(f"{source / 'config.json'}: {type(error).__name__} {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError naming the file where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
@@ -156,7 +157,7 @@ KNOWN_FIELDS -= {"self", "kwargs"}
 def tensor_files(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """Every stored tensor: its file and its shape; headers are read, data is not."""
     if (source / INDEX).is_file():
-        weight_map = _read_json(source / INDEX).get("weight_map")
+        weight_map = read_json(source / INDEX).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) and weight_map else [None]
         odd = [name for name in names if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name)]
         if odd:
