@@ -101,6 +101,13 @@ def _diffusion(config: RunConfig) -> list[str]:
     if objective == "ar" and diffusion.time_conditioning:
         found.append("diffusion.time_conditioning (true): ar has no noise level; use null or false")
     found += _mask_counts(config)
+    if diffusion.shift_targets and objective in ("ar", "sedd"):
+        found.append(f"diffusion.shift_targets (true): {objective} has one alignment only; use false, or bd3lm or mdlm")
+    elif diffusion.shift_targets and not diffusion.ignore_bos:
+        found.append(
+            "diffusion.shift_targets (true): nothing stands before a row's first token to predict it; "
+            "use diffusion.ignore_bos=true"
+        )
     if diffusion.mdlm_loss_scale and objective not in ("mdlm", "sedd"):
         found.append(f"diffusion.mdlm_loss_scale (true): not a parameterization of {objective}; use false")
     elif diffusion.mdlm_loss_scale and diffusion.schedule != "loglinear":

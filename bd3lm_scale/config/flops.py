@@ -28,9 +28,9 @@ def forward_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
     keys_and_values = 2 * arch.kv_heads * arch.head_width * arch.hidden_size
     queries = arch.num_heads * arch.head_width
     pairs = attention_pairs(config)
-    two_halves = config.diffusion.objective == "bd3lm"
-    spared_products = length * (products // arch.num_layers - keys_and_values) if two_halves else 0
-    spared_pairs = pairs // 2 if two_halves else 0
+    spares_clean_half = config.diffusion.objective == "bd3lm" and not config.diffusion.shift_targets
+    spared_products = length * (products // arch.num_layers - keys_and_values) if spares_clean_half else 0
+    spared_pairs = pairs // 2 if spares_clean_half else 0
     diffusion = config.diffusion
     mean_mask_rate = sum(Interval(diffusion.clip_low, diffusion.clip_high).floored(diffusion.time_epsilon)) / 2
     scored = length - 1 if config.diffusion.objective == "ar" else mean_mask_rate * length

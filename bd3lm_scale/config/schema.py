@@ -161,6 +161,9 @@ class DiffusionConfig:
     mask_counts: Literal["binomial", "stratified"] = "binomial"
     """binomial: each token by itself at the mask rate; stratified: the number of masked tokens first, all equally often
     over the global batch, then their places (docs/method.md)."""
+    shift_targets: Flag = False
+    """Read a token's prediction one position before it, as autoregressive models do, not at its own (bd3lm, mdlm;
+    for weights converted from such models, docs/conversion.md)."""
     mdlm_loss_scale: Flag = False
     """Use the sigma parameterization of the loss weight (SEDD and MDLM baselines of Sahoo et al.)."""
     clip_search: ClipSearchConfig = field(default_factory=ClipSearchConfig)

@@ -26,6 +26,8 @@ class DenoiserConfig(TransformerConfig):
     attention_backend: str = "auto"
     scores_noisy_half_only: bool = False
     """The last layer's clean rows serve as keys and values only; skip the rest of their work (exact)."""
+    shift_targets: bool = False
+    """Predictions are read one position before their token."""
 
     @property
     def cond_dim(self) -> int:
@@ -113,7 +115,11 @@ def make_transformer_config(
         sequence_length=config.sequence_length,
         mask_token_id=mask_token_id,
         attention_backend=model.attention,
-        scores_noisy_half_only=config.diffusion.objective == "bd3lm" and not parallel.sequence_parallel,
+        # shifted, the first token of a block is predicted by the clean token before it
+        scores_noisy_half_only=config.diffusion.objective == "bd3lm"
+        and not parallel.sequence_parallel
+        and not config.diffusion.shift_targets,
+        shift_targets=config.diffusion.shift_targets,
         **recompute,
     )
 

@@ -121,10 +121,12 @@ def import_decoder(source: Path, tokenizer: Path | None = None, overrides: Seque
 def kind_of(source: Path, fields: dict[str, Any]) -> str:
     """llama | qwen2 | qwen3; ValueError naming any other class."""
     named = fields.get("architectures") or [fields.get("model_type")]
-    found = [KINDS.get(name, name if name in KINDS.values() else None) for name in named]
+    named = named if isinstance(named, list) else [named]
+    found = [KINDS.get(str(name), name if name in KINDS.values() else None) for name in named]
     if len(found) != 1 or found[0] is None or fields.get("model_type", found[0]) != found[0]:
+        classes = ", ".join(str(name)[:80] for name in named[:3])
         raise ValueError(
-            f"{source / 'config.json'}: architectures ({reprlib.repr(fields.get('architectures'))}) with model_type "
+            f"{source / 'config.json'}: architectures ({classes}) with model_type "
             f"({reprlib.repr(fields.get('model_type'))}): another architecture; only {', '.join(KINDS)} and bd3lm "
             "folders can be imported"
         )
@@ -134,9 +136,7 @@ def kind_of(source: Path, fields: dict[str, Any]) -> str:
 def check_fields(source: Path, fields: dict[str, Any], kind: str) -> None:
     """ValueError naming every field that is missing, of the wrong kind, or beyond what our network expresses."""
     found = [
-        f"{name} ({reprlib.repr(fields.get(name))}): not a count"
-        for name in SIZES
-        if not _is_count(fields.get(name))
+        f"{name} ({reprlib.repr(fields.get(name))}): not a count" for name in SIZES if not _is_count(fields.get(name))
     ]
     for name in ("num_key_value_heads", "head_dim"):
         if not (fields.get(name) is None or _is_count(fields[name])):
@@ -262,9 +262,11 @@ class Stored:
 
 def stored_tensors(source: Path) -> dict[str, Stored]:
     """Every stored tensor by name, from safetensors where there are any, otherwise from pickles."""
-    if not any((source / name).is_file() for name in (WEIGHTS, INDEX)):
-        if (source / PICKLE).is_file() or (source / PICKLE_INDEX).is_file():
-            return _pickled(source)
+    has_safetensors, has_pickles = (
+        any((source / name).is_file() for name in names) for names in ((WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX))
+    )
+    if has_pickles and not has_safetensors:
+        return _pickled(source)
     return {
         name: Stored(shape, lambda file=file, name=name: _from_safetensors(file, name))
         for name, (file, shape) in tensor_files(source).items()

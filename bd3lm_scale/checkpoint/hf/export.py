@@ -130,6 +130,11 @@ def export_hf(
     kind = kind_of(reader, weights)
     config, vocab_size = from_dict(reader.meta["config"]), int(reader.meta["vocab_size"])
     chosen = chosen_sampler(config, sampler)
+    if config.diffusion.shift_targets:
+        raise ValueError(
+            "diffusion.shift_targets (true): the exported class reads a token's prediction at its own position; "
+            "sample and evaluate this model here, or train with false to export it"
+        )
     arch = Architecture.of(config, vocab_size)
     check_native(reader, arch, kind)
     destination.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,12 @@ NAMES = ("<|mask|>", "<mask>", "[MASK]", "<|MASK|>", "<MASK>")
 """What tokenizers call their mask; the first is the name of a new one."""
 RESERVED = re.compile(r"[<\[]\|?(reserved|unused|extra|dummy)(_[a-z_]*)?\d+\|?[>\]]", re.IGNORECASE)
 """Names of ids that are kept for later use."""
-JSON, CONFIG, MAP, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+JSON, CONFIG, MAP, TEMPLATE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 OWN, RESERVED_ID, SPARE_ROW, NEW_ROW = "the tokenizer's own", "a reserved id", "an unused row", "a new row"
 
 
