@@ -138,12 +138,27 @@ class ClipSearchConfig:
 
 
 @dataclass(frozen=True, config=_SECTION)
+class BlockSizeStage:
+    """A stretch of training with blocks of another size."""
+
+    block_size: PositiveWhole = 1
+    steps: PositiveWhole = 1000
+    clip_low: Time | None = None
+    """Default: diffusion.clip_low. 1 and 1 train blocks of one token as an exact likelihood."""
+    clip_high: Share | None = None
+    """Default: diffusion.clip_high."""
+
+
+@dataclass(frozen=True, config=_SECTION)
 class DiffusionConfig:
     """The objective."""
 
     objective: Literal["bd3lm", "mdlm", "ar", "sedd"] = "bd3lm"
     block_size: PositiveWhole = 16
     """L', tokens per block; bd3lm only (mdlm and sedd use the whole row, ar is causal)."""
+    block_size_schedule: tuple[BlockSizeStage, ...] = ()
+    """Sizes that training goes through before block_size (bd3lm), as [{block_size: 1, steps: 500}, ...]; each begins
+    with its clip interval. Evaluation outside training, sampling and exports use block_size."""
     schedule: Annotated[Text, AfterValidator(NameIn(SCHEDULES))] = "loglinear"
     clip_low: Time = 0.0
     """beta: training times are drawn from U[max(clip_low, time_epsilon), clip_high]."""

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 
@@ -19,6 +21,9 @@ MODEL = [
     "model.ffn_hidden_size=64", "model.norm=rmsnorm", "model.norm_eps=1.0e-6", "model.mlp=swiglu",
     "model.mlp_bias=false", "model.head_bias=false", "model.adaln=false", "model.tie_embeddings=true",
 ]  # fmt: skip
+
+
+PAGE = ROOT / "docs" / "conversion.md"
 
 
 def command(*arguments):
@@ -115,3 +120,47 @@ def test_block_diffusion_starts_from_it_in_any_layout(decoder, trainer, tmp_path
         losses[name].append(rows_of(tmp_path / name, "validation")[2]["nelbo"])
     assert losses["cut"] == pytest.approx(losses["shifted"], rel=1e-5)
     assert abs(losses["plain"][0] - losses["shifted"][0]) > 1e-2
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run_as_written(decoder, tmp_path):
+    """docs/conversion.md, from a downloaded folder to an export that generates and scores; training is made smaller."""
+    folder, _ = decoder
+    section = PAGE.read_text().partition("## Turn an autoregressive model into block diffusion")[2]
+    lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL).group(1).strip().splitlines()
+    assert [shlex.split(line)[0] for line in lines] == [
+        "tools/convert_checkpoint.py", "tools/prepare_data.py", "python", "python", "tools/convert_checkpoint.py",
+    ]  # fmt: skip
+    (tmp_path / "Qwen3-0.6B").symlink_to(folder / "qwen3")
+    for name in ("tools", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "corpus").mkdir()
+    texts = (json.dumps({"text": f"Row {i} has {i} masks and {i + 1} tokens. " * 8}) for i in range(2000))
+    (tmp_path / "corpus" / "rows.jsonl").write_text("\n".join(texts) + "\n")
+    small = [
+        "model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=16",
+        "model.ffn_hidden_size=64", "model.rope_theta=10000.0", "model.vocab_size=null", "data.context_length=32",
+        "data.workers=0", "precision=fp32", "runtime.device=cpu", "train.steps=2", "train.global_batch_size=4",
+        "evaluation.rows=4", "sampling.length=16",
+    ]  # fmt: skip
+    said = {}
+    for line in lines:
+        words = [*shlex.split(line), *(small if ".train" in line else [])]
+        words = words[1:] if words[0] == "python" else words
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, cwd=tmp_path,
+            env=clean_environment() | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, line + done.stdout + done.stderr
+        said[line] = done.stdout
+    assert "NLL" in said[lines[2]]
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mask|>", 301)
+    for kind in (AutoModelForMaskedLM, AutoModelForCausalLM):
+        model = kind.from_pretrained(tmp_path / "exported", trust_remote_code=True).eval()
+        ids = tokenizer("Row 7 has", return_tensors="pt")["input_ids"]
+        assert model.config.shift_targets
+        assert model.generate(ids, max_new_tokens=20, stop_at_eos=False).shape == (1, ids.shape[1] + 20)
+        assert float(model.score(ids).nats) > 0

@@ -130,11 +130,6 @@ def export_hf(
     kind = kind_of(reader, weights)
     config, vocab_size = from_dict(reader.meta["config"]), int(reader.meta["vocab_size"])
     chosen = chosen_sampler(config, sampler)
-    if config.diffusion.shift_targets:
-        raise ValueError(
-            "diffusion.shift_targets (true): the exported class reads a token's prediction at its own position; "
-            "sample and evaluate this model here, or train with false to export it"
-        )
     arch = Architecture.of(config, vocab_size)
     check_native(reader, arch, kind)
     destination.mkdir(parents=True, exist_ok=True)
@@ -199,6 +194,7 @@ def config_fields(
         "cross_attn": objective == "bd3lm",
         "adaln": config.uses_adaln,
         **variant_fields(Architecture.of(config, int(meta["vocab_size"]))),
+        **({"shift_targets": True} if config.diffusion.shift_targets else {}),
         "causal": objective == "ar",
         "attn_backend": "sdpa",
         "hidden_dim": config.model.hidden_size,

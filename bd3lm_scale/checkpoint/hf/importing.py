@@ -145,7 +145,7 @@ FIELD_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "training": (lambda value: value is None or isinstance(value, dict), "an object"),
     **dict.fromkeys(("norm", "mlp"), (lambda value: isinstance(value, str), "a name")),
     **dict.fromkeys(("ffn_hidden_size", "n_kv_heads", "head_dim"), (_is_count_or_derived, "a count")),
-    **dict.fromkeys(("qk_norm", "qkv_bias", "mlp_bias", "head_bias"), FLAG),
+    **dict.fromkeys(("qk_norm", "qkv_bias", "mlp_bias", "head_bias", "shift_targets"), FLAG),
     "norm_eps": SHARE,
     "rope": (lambda value: value is None or isinstance(value, dict), "an object"),
 }
@@ -225,6 +225,7 @@ def run_config(
     values["data"]["wrap_rows"] = bool(training.get("wrap_rows", values["data"]["wrap_rows"]))
     diffusion = values["diffusion"] | (training.get("diffusion") or {})
     diffusion |= {"objective": objective, "ignore_bos": bool(hf_config.ignore_bos)}
+    diffusion["shift_targets"] = bool(hf_config.shift_targets)
     diffusion["time_conditioning"] = None if objective == "ar" else bool(hf_config.time_conditioning)
     if objective == "bd3lm":
         diffusion["block_size"] = hf_config.block_size
