@@ -11,13 +11,15 @@ network and all tokens.
 
 import argparse
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from compare import noises
-from compare_objectives import call, prepare
+from compare_objectives import prepare
 from tqdm import tqdm
 
 from bd3lm_scale.runtime.metrics import read_metrics
@@ -97,9 +99,21 @@ def run(name: str, args: argparse.Namespace, data: Path, output: Path) -> dict[s
     settings["evaluation"]["every_steps"] = settings["checkpoint"]["every_steps"] = steps
     config = output / f"{run_dir.name}.yaml"
     config.write_text(json.dumps(settings, indent=1))  # YAML reads JSON
-    call(["-m", "bd3lm_scale.train", str(config)])
+    train(str(config))
     found = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["kind"] == "validation"]
     return {"nelbo": found[-1]["nelbo"], "stderr": found[-1]["stderr"], "steps": steps}
+
+
+def train(config: str) -> None:
+    """The train command in a process that is forked from this one, where everything is imported already."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from bd3lm_scale import train as command
+
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(command.main([config])))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise ValueError(f"python -m bd3lm_scale.train {config}: failed with exit code {process.exitcode}")
 
 
 def common(args: argparse.Namespace, data: Path) -> dict[str, Any]:
