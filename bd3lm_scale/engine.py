@@ -69,7 +69,7 @@ def build_engine(
     """Build this rank's part of the model and, for training, its optimizer."""
     transformer = make_transformer_config(config, vocab_size, mask_token_id, mesh.device)
     visibility = training_visibility(config.diffusion.objective, config.data.context_length, config.block_size)
-    chunks = build_chunks(transformer, mesh, visibility, config.seed)
+    chunks = build_chunks(transformer, mesh, visibility.first(config.sequence_length), config.seed)
     if config.train.compile:
         compile_layers(chunks)
     optimizer = None
@@ -108,7 +108,7 @@ def show_blocks(engine: Engine, config: RunConfig) -> None:
     """Let the network's tokens see each other in the blocks of this configuration from now on."""
     visibility = training_visibility(config.diffusion.objective, config.data.context_length, config.block_size)
     for chunk in engine.chunks:
-        chunk.set_visibility(visibility)
+        chunk.set_visibility(visibility.first(engine.transformer.sequence_length))
 
 
 def compile_layers(chunks: list[Denoiser], backend: str = "inductor") -> None:

@@ -86,9 +86,7 @@ class Denoiser(MegatronModule):
         )
         if has_head:
             self.head = Head(config, group)
-        position = torch.arange(config.context_length)
-        if config.sequence_length == 2 * config.context_length:
-            position = torch.cat([position, position])  # both halves stand at the same places
+        position = torch.arange(config.sequence_length) % config.context_length  # both halves stand at the same places
         self.register_buffer("training_rotary", self.rotary(position), persistent=False)
 
     def set_visibility(self, visibility: Visibility) -> None:
@@ -96,7 +94,8 @@ class Denoiser(MegatronModule):
         config = self.config
         read_at_L = torch.arange(config.context_length)
         if config.shift_targets:
-            read_at_L = previous_positions(config.context_length, visibility.block_size, config.sequence_length)
+            has_clean = config.sequence_length > config.context_length
+            read_at_L = previous_positions(config.context_length, visibility.block_size, has_clean)
         self.register_buffer("read_at_L", read_at_L.to(self.training_rotary.device), persistent=False)
         pattern = AttentionPattern(visibility, config.attention_backend)
         for layer in self.decoder.layers:
@@ -118,7 +117,8 @@ class Denoiser(MegatronModule):
         """What the next stage needs, or (2, R) target logits and log-sum-exps on the last chunk.
 
         Args:
-            input_BP: token ids (used by the first chunk only, its shape by all).
+            input_BP: token ids (used by the first chunk only, its shape by all); those beyond P, the last clean
+                block, are seen by no scored position and not read.
             sigma_B: noise levels.
             dropout_key: int64 scalar on the CPU; None when evaluating.
             index_R: flat index b * L + l of the scored rows (used by the last chunk only).
@@ -127,7 +127,7 @@ class Denoiser(MegatronModule):
         batch, length = input_BP.shape[0], self.config.context_length
         hidden, conditioning = None, None
         if self.pre_process:
-            hidden, conditioning = self.embed(input_BP), self.condition(sigma_B)
+            hidden, conditioning = self.embed(input_BP[:, : self.config.sequence_length]), self.condition(sigma_B)
         elif self.carries_conditioning:
             conditioning = self._take_conditioning()
         hidden = self.decoder(
@@ -189,8 +189,8 @@ class Denoiser(MegatronModule):
         return torch.cat([hidden, row[None]], dim=0)
 
 
-def previous_positions(context_length: int, block_size: int, sequence_length: int) -> Tensor:
-    """Where the predictions of shifted targets are read: int64 (L,), a position of the P = sequence_length.
+def previous_positions(context_length: int, block_size: int, has_clean: bool) -> Tensor:
+    """Where the predictions of shifted targets are read: int64 (L,), a position of [noisy ; clean] or noisy alone.
 
     The one before the token, in the same noisy block; for the first token of a block the clean token before it, which
     the noisy block follows. So blocks of one token are predicted as an autoregressive model predicts them. The row's
@@ -198,8 +198,7 @@ def previous_positions(context_length: int, block_size: int, sequence_length: in
     """
     previous_L = torch.arange(context_length) - 1
     is_first_L = (previous_L + 1) % block_size == 0
-    clean_half = sequence_length - context_length
-    return torch.where(is_first_L, previous_L + clean_half, previous_L).clamp(min=0)
+    return torch.where(is_first_L, previous_L + has_clean * context_length, previous_L).clamp(min=0)
 
 
 class TimeEmbedding(nn.Module):

@@ -115,10 +115,7 @@ def make_transformer_config(
         sequence_length=config.sequence_length,
         mask_token_id=mask_token_id,
         attention_backend=model.attention,
-        # shifted, the first token of a block is predicted by the clean token before it
-        scores_noisy_half_only=config.diffusion.objective == "bd3lm"
-        and not parallel.sequence_parallel
-        and not config.diffusion.shift_targets,
+        scores_noisy_half_only=config.scores_noisy_half_only,
         shift_targets=config.diffusion.shift_targets,
         **recompute,
     )
