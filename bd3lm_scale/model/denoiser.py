@@ -96,7 +96,8 @@ class Denoiser(MegatronModule):
         if config.shift_targets:
             has_clean = config.sequence_length > config.context_length
             read_at_L = previous_positions(config.context_length, visibility.block_size, has_clean)
-        self.register_buffer("read_at_L", read_at_L.to(self.training_rotary.device), persistent=False)
+        device = self.get_buffer("training_rotary").device
+        self.register_buffer("read_at_L", read_at_L.to(device), persistent=False)
         pattern = AttentionPattern(visibility, config.attention_backend)
         for layer in self.decoder.layers:
             cast(Any, layer).self_attention.core_attention.pattern = pattern
@@ -142,7 +143,8 @@ class Denoiser(MegatronModule):
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         row, token = index_R // length, index_R % length
-        rows_RD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.read_at_L[token] * batch + row)
+        place = self.get_buffer("read_at_L")[token]
+        rows_RD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, place * batch + row)
         rows_RC = None if conditioning is None else conditioning.index_select(0, row)
         return self.head(rows_RD, rows_RC, target_R, self.tied_weight())
 

@@ -65,7 +65,9 @@ class _Known:
         return text in self.template or any(text == named for role, named in self.roles.items() if role != "mask_token")
 
 
-def choose_mask(folder: Path, rows: int, given: int | None = None, taken: set[int] | frozenset[int] = frozenset()):
+def choose_mask(
+    folder: Path, rows: int, given: int | None = None, taken: set[int] | frozenset[int] = frozenset()
+) -> MaskToken:
     """The mask of a model with `rows` ids.
 
     Args:
@@ -163,7 +165,7 @@ def _read(folder: Path) -> _Known | None:
     entries = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
     text = {i: name for name, i in entries} | {token["id"]: token["content"] for token in tokens}
     roles = {
-        role: named.get("content") if isinstance(named, dict) else named
+        role: str(named.get("content") if isinstance(named, dict) else named)
         for role, named in (_optional(folder / MAP) | settings).items()
         if role.endswith("_token") and isinstance(named, str | dict)
     }
