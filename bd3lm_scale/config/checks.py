@@ -4,8 +4,9 @@ Every problem is one line `field (value): reason; use remedy`; layouts that cann
 """
 
 import math
+from dataclasses import replace
 
-from bd3lm_scale.config.schema import ModelConfig, RunConfig
+from bd3lm_scale.config.schema import MISSING, ModelConfig, RunConfig
 from bd3lm_scale.config.stages import stages
 from bd3lm_scale.diffusion.registry import samplers_for
 from bd3lm_scale.errors import ConfigError
@@ -122,9 +123,10 @@ def _diffusion(config: RunConfig) -> list[str]:
 
 def _block_sizes(config: RunConfig) -> list[str]:
     """What the stages of a block-size schedule make impossible, beyond what is wrong without them."""
-    *before, last = stages(config)
-    if not before:
+    if not config.diffusion.block_size_schedule:
         return []
+    # its absence is found elsewhere, and would be an error of the stages' configurations
+    *before, last = stages(replace(config, run_dir="unnamed") if config.run_dir == MISSING else config)
     name = "diffusion.block_size_schedule"
     if config.diffusion.objective != "bd3lm":
         return [f"{name} ({len(before)} stages): {config.diffusion.objective} has no block size; use []"]

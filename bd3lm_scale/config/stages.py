@@ -24,6 +24,9 @@ class Stage:
 def stages(config: RunConfig) -> Iterator[Stage]:
     """All stages in order; the last one has diffusion.block_size and no end."""
     diffusion, first_step, index = config.diffusion, 0, 0
+    if not diffusion.block_size_schedule:
+        yield Stage(0, 0, config)
+        return
     final = replace(diffusion, block_size_schedule=())
     for index, stage in enumerate(diffusion.block_size_schedule, 1):
         here = replace(

@@ -13,7 +13,7 @@ from bd3lm_scale.errors import ConfigError
 from tests.training_runs import ROOT, assert_same_run, clean_environment, losses_of, rows_of, stream_of
 
 SCHEDULE = (
-    "diffusion.block_size_schedule=[{block_size: 1, steps: 4, clip_low: 1, clip_high: 1}, {block_size: 4, steps: 5}]"
+    "diffusion.block_size_schedule=[{block_size: 1, steps: 4, clip_low: 1, clip_high: 1}, {block_size: 4, steps: 4}]"
 )
 STEPS = 12
 CADENCE = ["evaluation.every_steps=2", "checkpoint.every_steps=1", f"train.steps={STEPS}", "diffusion.clip_low=0.1"]
@@ -107,3 +107,8 @@ def test_stages_that_cannot_train_are_refused(diffusion, message):
     with pytest.raises(ConfigError, match=r"1 problem.*\n.*diffusion.block_size_schedule \(") as found:
         config_of(**diffusion)
     assert message in str(found.value)
+
+
+def test_a_schedule_does_not_hide_what_else_is_missing():
+    with pytest.raises(ConfigError, match=r"run_dir \(\?\?\?\): is required"):
+        from_dict({"data": {"path": "d"}, "diffusion": {"block_size_schedule": [{"block_size": 4}]}})
