@@ -26,11 +26,11 @@ from bd3lm_scale.runtime.metrics import read_metrics
 
 SIZES = (4, 16)
 WAYS = {
-    "scratch": "from scratch, all tokens",
     "plain": "converted, own position",
     "plain_schedule": "converted, own position, block-size schedule",
     "shift": "converted, shifted",
     "shift_schedule": "converted, shifted, block-size schedule",
+    "scratch": "from scratch, all tokens",
 }
 BEFORE = {4: (1,), 16: (1, 4)}
 """Block sizes of the schedule before the final one, each for an equal part of the steps."""
