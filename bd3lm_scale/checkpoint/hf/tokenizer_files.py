@@ -14,46 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bd3lm_scale.checkpoint.hf.special_tokens import NEVER, free_name, out_of_reach
+from bd3lm_scale.data.sentencepiece_model import SentencePieceModel
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 """SentencePiece's types of pieces."""
 UNIGRAM, BPE = 1, 2
 SPACE = "\u2581"
 CHAT_TEMPLATE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
-
-
-class SentencePieceLike(Protocol):
-    """What is needed of a SentencePiece model file (data.sentencepiece_model.SentencePieceModel has it)."""
-
-    @property
-    def pieces(self) -> tuple[tuple[str, float, int], ...]:
-        """(text, score, type) by id."""
-        ...
-
-    @property
-    def model_type(self) -> int:
-        """UNIGRAM, BPE, ..."""
-        ...
-
-    @property
-    def byte_fallback(self) -> bool:
-        """Characters without a piece are spelled in bytes."""
-        ...
-
-    @property
-    def character_map(self) -> bytes:
-        """The normalizer's compiled rules, empty for identity."""
-        ...
-
-    @property
-    def adds_prefix(self) -> bool:
-        """A space is put before the text."""
-        ...
-
-    @property
-    def removes_spaces(self) -> bool:
-        """Runs of spaces become one."""
-        ...
 
 
 class TokenizerLike(Protocol):
@@ -80,7 +47,7 @@ class TokenizerLike(Protocol):
         ...
 
     @property
-    def sentencepiece(self) -> SentencePieceLike | None:
+    def sentencepiece(self) -> SentencePieceModel | None:
         """What its model file says, for that kind."""
         ...
 
@@ -237,7 +204,7 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
     return content | {"truncation": None, "padding": None, "post_processor": None}
 
 
-def _sentencepiece(spec: SentencePieceLike) -> dict[str, Any]:
+def _sentencepiece(spec: SentencePieceModel) -> dict[str, Any]:
     """A SentencePiece model; its U+2581 is written as the space it stands for, so a literal U+2581 stays apart."""
     names = [piece.replace(SPACE, " ") if kind in (NORMAL, USER_DEFINED) else piece for piece, _, kind in spec.pieces]
     if spec.model_type == BPE:
@@ -281,11 +248,11 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def _unknown_piece(spec: SentencePieceLike) -> str:
+def _unknown_piece(spec: SentencePieceModel) -> str:
     return next(piece for piece, _, kind in spec.pieces if kind == UNKNOWN)
 
 
-def _merges(names: list[str], spec: SentencePieceLike) -> list[list[str]]:
+def _merges(names: list[str], spec: SentencePieceModel) -> list[list[str]]:
     """The merges a SentencePiece BPE model implies: every way to make a piece of two, best pieces first."""
     score = {name: s for name, (_, s, kind) in zip(names, spec.pieces, strict=True) if kind == NORMAL}
     found = [
