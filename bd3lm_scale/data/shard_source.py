@@ -11,7 +11,7 @@ from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota, weight
 from bd3lm_scale.data.reader import ShardReader
 from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, data_digest, manifest_from_json
 from bd3lm_scale.data.storage import is_remote, join, read_text
-from bd3lm_scale.errors import ConfigError, NoShardLeftError
+from bd3lm_scale.errors import NoShardLeftError
 
 
 @dataclass(frozen=True)
@@ -191,11 +191,8 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
             f"data.context_length={config.context_length}; prepare more text or use shorter rows"
         )
     damaged = frozenset(i for i, shard in enumerate(manifest.shards) if prefix + shard.name in source.excluded)
-    if split == "train" and damaged and not np.delete(rows, sorted(damaged)).any():
+    if damaged and not np.delete(rows, sorted(damaged)).any():
         raise NoShardLeftError(path, [prefix + manifest.shards[i].name for i in sorted(damaged)])
-    if len(damaged) == len(manifest.shards):
-        reason = f"data.path ({path}): every shard is excluded as damaged; restore the {split} shards"
-        raise ConfigError([reason], source="the data")
     order = RowOrder(rows, source.seed, config.shuffle_window, number, damaged)
     reader = ShardReader(manifest, open_files(path, split, config), config.retries, prefix)
     return _Dataset(manifest, reader, order)
