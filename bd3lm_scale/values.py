@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 CLEAN_VIEW = 0
+PADDING = -1
+"""Document number of positions that pad a row: nobody sees them, and they are neither masked nor counted."""
 
 
 class Interval(NamedTuple):
@@ -41,6 +43,18 @@ class Cursor:
     excluded_shards: tuple[str, ...] = ()
 
 
+class Targets(NamedTuple):
+    """How many tokens of a global batch are to be predicted, known before any of them is read.
+
+    Attributes:
+        tokens: the targets.
+        first: those of them that begin a document (AR never predicts these).
+    """
+
+    tokens: int
+    first: int
+
+
 @dataclass(frozen=True)
 class Rows:
     """A micro-batch of packed token rows.
@@ -49,11 +63,19 @@ class Rows:
         tokens_BL: int64 token ids.
         position_B: int64 index of each row in the global batch; >= global_batch_size marks a padding row.
         is_real_B: bool, False for padding rows: they carry no loss.
+        document_BL: int64 number of each position's document in its row, from 0 on; PADDING: no document. Documents
+            never see each other, and each begins at the start of a block. None: every row is one document.
+        is_target_BL: bool, tokens to be predicted: only they are masked, weighted and counted; never True in padding.
+            None: every token.
+        targets: of the whole global batch that the rows belong to; None where every token of every row is one.
     """
 
     tokens_BL: Tensor
     position_B: Tensor
     is_real_B: Tensor
+    document_BL: Tensor | None = None
+    is_target_BL: Tensor | None = None
+    targets: Targets | None = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +89,12 @@ class NoisyRows:
         weight_BL: float32 positive loss weight, 0 where not scored and in padding rows.
         counts_BL: bool, tokens that count in the evaluation denominator.
         time_BN: float64 diffusion time of each block (AR: zeros of shape (B, 1)).
-        masked_count_BN: int64 tokens of each block that the noise masked, the row's first one included even where it
-            is shown clean.
+        masked_count_BN: int64 tokens of each block that the noise masked, the row's first one and others that are no
+            targets included even where they are shown clean.
         sigma_B: float32 noise level the network is conditioned on (zeros without time conditioning).
         position_B: int64 index of each row in the global batch.
         is_real_B: bool, False for padding rows.
+        document_BL, is_target_BL: those of the rows.
     """
 
     input_BP: Tensor
@@ -84,6 +107,8 @@ class NoisyRows:
     sigma_B: Tensor
     position_B: Tensor
     is_real_B: Tensor
+    document_BL: Tensor | None = None
+    is_target_BL: Tensor | None = None
 
 
 @dataclass(frozen=True)

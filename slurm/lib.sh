@@ -4,6 +4,8 @@ set -euo pipefail
 
 # shellcheck source=slurm/cluster.env
 . "${CLUSTER_ENV:-$ROOT/slurm/cluster.env}"
+# sbatch passes the environment on; these belong to a distributed run of the shell it was called in
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 [ -n "${SBATCH_GPUS_PER_NODE:-}" ] || unset SBATCH_GPUS_PER_NODE # empty: a site without GPUs
 
 in_batch_job() { [ "${ENVIRONMENT:-}" = BATCH ] && [ -n "${SLURM_JOB_ID:-}" ]; }

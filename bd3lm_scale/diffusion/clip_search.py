@@ -69,10 +69,15 @@ class CountMoments:
         self.sums = torch.zeros(5, int(_bin_of(torch.tensor(block_size))) + 1, dtype=torch.float64)
 
     def accumulate(self, noisy: NoisyRows, loss: LossSum) -> None:
-        """Add the blocks of an evaluated micro-batch (loglinear, weight 1/t); rows that are not real are left out."""
-        keep = noisy.is_real_B.cpu()
-        count, time = noisy.masked_count_BN.cpu()[keep].flatten(), noisy.time_BN.double().cpu()[keep].flatten()
-        block_loss = loss.block_loss_BN.detach().double().cpu()[keep].flatten()
+        """Add the blocks of an evaluated micro-batch (loglinear, weight 1/t).
+
+        Rows that are not real and blocks without targets are left out.
+        """
+        keep = noisy.is_real_B[:, None].cpu().expand_as(noisy.time_BN)
+        if noisy.is_target_BL is not None:
+            keep = keep & noisy.is_target_BL.reshape(*keep.shape, -1).any(dim=2)
+        count, time = noisy.masked_count_BN.cpu()[keep], noisy.time_BN.double().cpu()[keep]
+        block_loss = loss.block_loss_BN.detach().double().cpu()[keep]
         mean_nll = block_loss * time * self.block_size / count.clamp(min=1)
         self.sums.index_add_(1, _bin_of(count), mean_nll ** torch.arange(5)[:, None])
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bd3lm_scale.diffusion.process import Process
-from bd3lm_scale.values import HeadRows, LossSum, NoisyRows
+from bd3lm_scale.values import HeadRows, LossSum, NoisyRows, Targets
 
 
 def token_losses(head: HeadRows, noisy: NoisyRows, process: Process) -> Tensor:
@@ -51,12 +51,15 @@ def tokens_per_block(process: Process) -> int:
     return process.context_length - 1 if process.objective == "ar" else process.block_size
 
 
-def num_loss_tokens(process: Process, global_batch_size: int) -> int:
-    """Real tokens of the global batch, the denominator of the training loss.
+def num_loss_tokens(process: Process, global_batch_size: int, targets: Targets | None = None) -> int:
+    """Targets of the global batch, the denominator of the training loss: every token, or what `targets` says.
 
-    Counts every token of a row, the first one included even when ignore_bos keeps it clean; AR has L - 1 targets.
+    Counts first tokens even when ignore_bos keeps them clean; AR predicts none of them. At least 1, so that a batch
+    without targets has the loss 0.
     """
-    return global_batch_size * tokens_per_block(process) * process.num_blocks
+    if targets is None:
+        targets = Targets(global_batch_size * process.context_length, global_batch_size)
+    return max(1, targets.tokens - (targets.first if process.objective == "ar" else 0))
 
 
 def row_losses(loss: LossSum, process: Process) -> Tensor:

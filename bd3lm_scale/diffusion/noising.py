@@ -172,10 +172,14 @@ def _assemble(
     is_masked_BL = torch.as_tensor(is_masked_BL).clone()
     count_BN = is_masked_BL.reshape(*time_BN.shape, process.block_size).sum(dim=2)
     counts_BL = is_real_B1.expand_as(clean_BL).clone()
+    first = (slice(None), 0) if rows.document_BL is None else document_starts(rows.document_BL)
+    if rows.is_target_BL is not None:
+        is_masked_BL &= rows.is_target_BL
+        counts_BL &= rows.is_target_BL
     if process.ignore_bos:
-        is_masked_BL[:, 0] = False
+        is_masked_BL[first] = False
         # training keeps the first token in its denominator (the published convention); evaluation does not
-        counts_BL[:, 0] &= training
+        counts_BL[first] &= training
     noisy_BL = torch.where(is_masked_BL, process.mask_token_id, clean_BL)
     is_scored_BL = is_masked_BL & is_real_B1
     weight_BL = weight_BN.repeat_interleave(process.block_size, dim=1) * is_scored_BL
@@ -191,13 +195,27 @@ def _assemble(
         sigma_B=sigma_B.float(),
         position_B=rows.position_B,
         is_real_B=rows.is_real_B,
+        document_BL=rows.document_BL,
+        is_target_BL=rows.is_target_BL,
     )
 
 
+def document_starts(document_BL: Tensor) -> Tensor:
+    """Where documents begin in their rows, bool (B, L)."""
+    is_first_BL = document_BL >= 0
+    is_first_BL[:, 1:] &= document_BL[:, 1:] != document_BL[:, :-1]
+    return is_first_BL
+
+
 def _next_token_rows(rows: Rows, process: Process) -> NoisyRows:
-    """AR: the text itself; position l is scored against token l + 1, the last position not at all."""
+    """AR: the text itself; position l is scored against token l + 1, the last of a document not at all."""
     is_scored_BL = rows.is_real_B[:, None].expand_as(rows.tokens_BL).clone()
     is_scored_BL[:, -1] = False
+    if rows.document_BL is not None:
+        is_scored_BL[:, :-1] &= rows.document_BL[:, 1:] == rows.document_BL[:, :-1]
+        is_scored_BL &= rows.document_BL >= 0
+    if rows.is_target_BL is not None:
+        is_scored_BL[:, :-1] &= rows.is_target_BL[:, 1:]
     num_rows = len(rows.tokens_BL)
     return NoisyRows(
         input_BP=rows.tokens_BL,
@@ -210,14 +228,17 @@ def _next_token_rows(rows: Rows, process: Process) -> NoisyRows:
         sigma_B=torch.zeros(num_rows),
         position_B=rows.position_B,
         is_real_B=rows.is_real_B,
+        document_BL=rows.document_BL,
+        is_target_BL=rows.is_target_BL,
     )
 
 
 def stream_hash(noisy: NoisyRows) -> int:
     """Order-free fingerprint of the rows, masks and times that a step consumes.
 
-    Every (position in the global batch, place in the row) is hashed with its clean id, noisy id or time, and the
-    hashes are summed modulo 2^64 over real rows: micro-batches' and ranks' hashes add up to the step's.
+    Every (position in the global batch, place in the row) is hashed with its clean id, noisy id or time, its document
+    and whether it is a target where rows say so, and the hashes are summed modulo 2^64 over real rows: micro-batches'
+    and ranks' hashes add up to the step's.
     """
     real = noisy.is_real_B.numpy()
     row_keys = mix64(noisy.position_B.numpy()[real].astype(np.uint64))[:, None]
@@ -229,4 +250,10 @@ def stream_hash(noisy: NoisyRows) -> int:
     with np.errstate(over="ignore"):
         tokens = mix64((shown << np.uint64(32) | target) + (row_keys ^ place[:length]))
         times = mix64(time_bits + (row_keys ^ place[length:]))
-        return int(tokens.sum(dtype=np.uint64) + times.sum(dtype=np.uint64))
+        total = tokens.sum(dtype=np.uint64) + times.sum(dtype=np.uint64)
+        for salt, marks_BL in enumerate((noisy.document_BL, noisy.is_target_BL), start=1):
+            if marks_BL is not None:
+                marks = marks_BL.numpy()[real].astype(np.int64).view(np.uint64)
+                salted = mix64(place[:length] + np.uint64(salt))
+                total += mix64(marks + (row_keys ^ salted)).sum(dtype=np.uint64)
+        return int(total)

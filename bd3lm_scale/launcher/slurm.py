@@ -23,10 +23,13 @@ from bd3lm_scale.runtime.run_folder import ATTEMPT_VARIABLE, label_of, node_name
 
 log = get_logger(__name__)
 
-# srun would take these as defaults, and they are stale once the job has shrunk
+# srun would take the first as defaults, and they are stale once the job has shrunk. The last two lines come along from
+# a shell that sbatch was called in, and would make every task believe to be that shell's rank.
 STALE_VARIABLES = (
     "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_JOB_NUM_NODES",
     "SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION",
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
 )  # fmt: skip
 PROBE_SECONDS = 60
 KILL_SECONDS = 4

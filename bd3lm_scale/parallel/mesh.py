@@ -63,6 +63,7 @@ def read_launch() -> Launch:
     env = os.environ
     rank, world = number_from_environment("RANK"), number_from_environment("WORLD_SIZE")
     if rank is not None and world is not None:
+        _refuse_inherited(world)
         launch = Launch(rank, world, number_from_environment("LOCAL_RANK") or 0)
     elif env.get("SLURM_PROCID") and env.get("SLURM_STEP_NUM_TASKS"):
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -82,6 +83,14 @@ def read_launch() -> Launch:
     env["MASTER_ADDR"] = env.get("MASTER_ADDR") or "127.0.0.1"
     env["MASTER_PORT"] = env.get("MASTER_PORT") or (str(_free_port()) if launch.world_size == 1 else "29500")
     return launch
+
+
+def _refuse_inherited(world: int) -> None:
+    """ConfigError where RANK and WORLD_SIZE are those of the shell that srun was called in: all tasks are that rank."""
+    tasks = number_from_environment("SLURM_STEP_NUM_TASKS") or 1
+    if tasks > world and not os.environ.get("TORCHELASTIC_RUN_ID"):
+        problem = f"WORLD_SIZE ({world}): fewer than the {tasks} tasks of this srun step; unset RANK and WORLD_SIZE"
+        raise ConfigError([problem], "environment")
 
 
 def _first_host(nodes: str) -> str:

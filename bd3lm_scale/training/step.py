@@ -17,7 +17,7 @@ from bd3lm_scale.parallel.sums import DeviceSum
 from bd3lm_scale.rng import derive_key
 from bd3lm_scale.runtime import faults
 from bd3lm_scale.runtime.anomaly import OK, AnomalyPolicy
-from bd3lm_scale.values import Interval, NoisyRows, Rows, StepReport
+from bd3lm_scale.values import Interval, NoisyRows, Rows, StepReport, Targets
 
 FULL_RANGE = Interval(0.0, 1.0)
 
@@ -30,11 +30,13 @@ class NoisedStep:
         clip_interval: clip interval that the times were drawn from.
         micro_batches: in order.
         stream_hash: of this rank's rows, masks and times; ranks' hashes add up to the step's.
+        targets: of the whole global batch; None: every token.
     """
 
     clip_interval: Interval
     micro_batches: list[MicroBatch]
     stream_hash: int
+    targets: Targets | None = None
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,22 @@ def noise_step(engine: Engine, config: RunConfig, step: int, rows: Sequence[Rows
         noisy.append(
             noise_rows(batch, engine.process, seed=config.seed, step=step, global_batch_size=size, interval=interval)
         )
-    return given_step(config, step, noisy, interval)
+    return given_step(config, step, noisy, interval, rows[0].targets)
 
 
-def given_step(config: RunConfig, step: int, noisy: Sequence[NoisyRows], interval: Interval = FULL_RANGE) -> NoisedStep:
+def given_step(
+    config: RunConfig,
+    step: int,
+    noisy: Sequence[NoisyRows],
+    interval: Interval = FULL_RANGE,
+    targets: Targets | None = None,
+) -> NoisedStep:
     """The same for (x_0, x_t, t) decided elsewhere."""
     keys: list[int | None] = [None] * len(noisy)
     if config.model.dropout > 0:
         keys = [derive_key(config.seed, "dropout", step, int(n.position_B[0])) & (2**63 - 1) for n in noisy]
     batches = list(map(prepare_batch, noisy, keys))
-    return NoisedStep(Interval(*interval), batches, sum(map(stream_hash, noisy)))
+    return NoisedStep(Interval(*interval), batches, sum(map(stream_hash, noisy)), targets)
 
 
 def train_step(
@@ -99,7 +107,7 @@ def train_step(
     optimizer = engine.optimizer
     if optimizer is None:
         raise ValueError("this engine was built for evaluation; build it with for_training=True")
-    tokens = num_loss_tokens(engine.process, config.train.global_batch_size)
+    tokens = num_loss_tokens(engine.process, config.train.global_batch_size, noised.targets)
     faults.point("forward", step)
     # The schedule divides by the number of micro-batches, DeepSpeed by the data-parallel size.
     scale = len(noised.micro_batches) * engine.mesh.data_size / tokens

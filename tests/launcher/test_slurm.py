@@ -108,6 +108,8 @@ class Job:
         self.environment = {
             "PYTHON": sys.executable, "RANKS_PER_NODE": "1", "BD3LM_FAULTS": faults, "OMP_NUM_THREADS": "1",
             "STOP_SECONDS": "20", "MIN_NODES": nodes.split("-")[0],
+            # a shell in which something distributed has run: nothing of this may reach the ranks
+            "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
         }  # fmt: skip
         self.arguments = ["tiny.yaml", f"run_dir={self.run_dir}", f"data.path={data}", *overrides]
         self.options = (f"--nodes={nodes}", "--output=job.out", *options)

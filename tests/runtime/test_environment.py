@@ -10,7 +10,7 @@ from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.run_folder import current_rank
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID",
-         "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+         "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")  # fmt: skip
 
 
 @pytest.fixture
@@ -40,6 +40,15 @@ def test_srun_alone(environment):
         environment(name, value)
     environment("MASTER_ADDR", "node1")
     assert read_launch().rank == current_rank() == 2
+
+
+def test_ranks_of_another_shell_are_refused_under_srun(environment):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("SLURM_PROCID", "1"), ("SLURM_STEP_NUM_TASKS", "2")):
+        environment(name, value)
+    with pytest.raises(ConfigError, match="unset RANK and WORLD_SIZE"):
+        read_launch()
+    environment("TORCHELASTIC_RUN_ID", "none")  # a torchrun of its own in every task
+    assert read_launch().world_size == 1
 
 
 @pytest.mark.parametrize(

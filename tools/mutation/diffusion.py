@@ -53,7 +53,7 @@ DIFFUSION = (
         ("evaluation masks without the draw", '"evaluation masks", draw, row)', '"evaluation masks", row)'),
         (
             "evaluation counts a first token that is given",
-            "counts_BL[:, 0] &= training", "counts_BL[:, 0] &= True",
+            "counts_BL[first] &= training", "counts_BL[first] &= True",
             f"{_NOISE}test_evaluation_leaves_the_first_token_out_only_when_it_is_given",
         ),
         (
@@ -79,7 +79,7 @@ DIFFUSION = (
         ),
         (
             "the stream's hash without the times",
-            "int(tokens.sum(dtype=np.uint64) + times.sum(dtype=np.uint64))", "int(tokens.sum(dtype=np.uint64))",
+            "tokens.sum(dtype=np.uint64) + times.sum(dtype=np.uint64)", "tokens.sum(dtype=np.uint64)",
             f"{_NOISE}test_hash_notices_every_kind_of_change",
         ),
         (
@@ -146,7 +146,7 @@ DIFFUSION = (
         ),
         (
             "padding rows measured",
-            "keep = noisy.is_real_B.cpu()", "keep = torch.ones_like(noisy.is_real_B).cpu()",
+            "keep = noisy.is_real_B[:, None].cpu()", "keep = torch.ones_like(noisy.is_real_B)[:, None].cpu()",
             f"{_SEARCH}test_moments_add_up_over_ranks_and_survive_a_checkpoint",
         ),
     ),
