@@ -52,7 +52,10 @@ def few_groups() -> Iterator[None]:
     if _made_under is not dist.group.WORLD:
         _made.clear()
         _made_under = dist.group.WORLD
-    with _replaced(parallel_state, "create_group", create_group), _replaced(distributed_c10d, "_hash_ranks_to_str", name):
+    with (
+        _replaced(parallel_state, "create_group", create_group),
+        _replaced(distributed_c10d, "_hash_ranks_to_str", name),
+    ):
         yield
 
 

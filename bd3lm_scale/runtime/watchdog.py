@@ -4,8 +4,8 @@ Each rank writes run_dir/runtime/heartbeat/rank_00003.json from a thread: `progr
 gets on), `alive` (changes as long as the process runs at all), step and phase. Who reads it compares contents by its
 own clock, so neither clock skew nor the time stamps of a network file system matter.
 
-Three things end a hung rank: the thread (stacks, diagnosis, exit 87), faulthandler's C timer where a native call holds the
-interpreter lock and the thread cannot run, and the launcher, which watches rank 0's file from outside.
+Three things end a hung rank: the thread (stacks, diagnosis, exit 87), faulthandler's C timer where a native call holds
+the interpreter lock and the thread cannot run, and the launcher, which watches rank 0's file from outside.
 """
 
 import errno
