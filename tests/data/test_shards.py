@@ -224,7 +224,7 @@ DAMAGES = {
     "missing": (lambda path: path.unlink(), "No such file"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:700]), "has 700 bytes, the manifest says"),
     "flipped": (lambda path: corrupt(path, 512 + 128 + 3), "flipped bytes in chunk 0"),
-    "folder": (lambda path: (path.unlink(), path.mkdir()), "directory|has .* bytes"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), "is not a regular file"),
 }
 
 

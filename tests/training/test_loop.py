@@ -63,9 +63,10 @@ class Run:
 
 
 @pytest.fixture
-def said(caplog):
-    """Lines of our own logger, which does not pass them on."""
+def said(caplog, monkeypatch):
+    """Lines of our own logger, each once."""
     logger = logging.getLogger(ROOT)
+    monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(caplog.handler)
     yield lambda text: [record.getMessage() for record in caplog.records if text in record.getMessage()]
     logger.removeHandler(caplog.handler)
