@@ -3,14 +3,17 @@
     Rows -> NoisyRows -> HeadRows -> LossSum -> StepReport, and StateSlice for what a checkpoint holds
 
 Shapes: B rows in a micro-batch, L tokens in a row, N blocks in a row, S tokens in a block (L = N*S),
-P positions the transformer reads ([noisy ; clean] = 2L, or L), R rows the head is evaluated at.
+P positions the transformer reads ([noisy ; clean] without the last clean block: 2L - S; or L), R rows the head is
+evaluated at.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # plans and reports read intervals from here, and do without a library of 200 MB
+    from torch import Tensor
 
 CLEAN_VIEW = 0
 PADDING = -1
@@ -23,7 +26,7 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def floored(self, time_epsilon: float) -> "Interval":
+    def floored(self, time_epsilon: float) -> Interval:
         """The same without the times below `time_epsilon`, which are never drawn."""
         return Interval(max(self.low, time_epsilon), self.high)
 
@@ -83,7 +86,8 @@ class NoisyRows:
     """A micro-batch after noising: what the model reads and what its output is scored against.
 
     Attributes:
-        input_BP: int64 ids the transformer reads: [noisy ; clean], noisy alone, or the text itself (AR).
+        input_BP: int64 ids, of which the transformer reads the first P: [noisy ; clean], noisy alone, or the text
+            itself (AR).
         target_BL: int64 id that output position l is scored against.
         is_scored_BL: bool, where the head is evaluated (masked noisy tokens; AR: all but the last).
         weight_BL: float32 positive loss weight, 0 where not scored and in padding rows.
@@ -126,6 +130,10 @@ class Visibility:
     segment_P: Tensor
     block_P: Tensor
     block_size: int
+
+    def first(self, count: int) -> Visibility:
+        """That of the first `count` positions alone."""
+        return Visibility(self.view_P[:count], self.segment_P[:count], self.block_P[:count], self.block_size)
 
     def may_see(self, query: Tensor, key: Tensor) -> Tensor:
         """True where position `query` attends to position `key` (index tensors that broadcast).
@@ -217,5 +225,5 @@ class StateSlice:
     start: int
     stop: int
     is_owner: bool = True
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     parts: tuple[int, ...] = ()

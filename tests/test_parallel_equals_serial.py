@@ -74,6 +74,7 @@ CASES = {
         "pp2_tied": ("tied", [PP2, TIED]),
         "tp2_zero3_tied": ("tied", [TP2, Z3, TIED]),
         "tp2_single": ("single", [TP2, "diffusion.block_size=1"]),
+        "tp2_sp_single": ("single", [TP2, SP, "diffusion.block_size=1"]),  # 2L - 1 positions cannot be halved
         "pp2_whole": ("whole", [PP2, "diffusion.block_size=32"]),
         "pp2_ar": ("ar", [PP2, *AR]),
         "tp2_decoder": ("decoder", [*DECODER, TP2]),

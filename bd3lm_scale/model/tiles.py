@@ -103,15 +103,19 @@ def flex_block_mask(visibility: Visibility, num_queries: int, tile: int, device:
     """FlexAttention's BlockMask of the first num_queries positions by all, from the lists of its tiles.
 
     Args:
-        visibility: of all keys; their number and num_queries are multiples of the tile.
-        num_queries: queries.
+        visibility: of all keys.
+        num_queries: queries; where they or the keys end inside a tile, that tile counts as seen in part.
         tile: edge of a tile.
         device: where the kernel runs.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     num_keys = visibility.view_P.numel()
-    some, every = seen_tiles(visibility, range(0, num_queries + 1, tile), range(0, num_keys + 1, tile))
+    some, every = seen_tiles(
+        visibility, [*range(0, num_queries, tile), num_queries], [*range(0, num_keys, tile), num_keys]
+    )
+    every[num_queries // tile :] = False
+    every[:, num_keys // tile :] = False
     there = Visibility(
         visibility.view_P.to(device),
         visibility.segment_P.to(device),

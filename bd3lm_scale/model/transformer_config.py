@@ -113,7 +113,7 @@ def make_transformer_config(
         sequence_length=config.sequence_length,
         mask_token_id=mask_token_id,
         attention_backend=model.attention,
-        scores_noisy_half_only=config.diffusion.objective == "bd3lm" and not parallel.sequence_parallel,
+        scores_noisy_half_only=config.scores_noisy_half_only,
         **recompute,
     )
 
