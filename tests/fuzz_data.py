@@ -75,7 +75,7 @@ class Data:
     def __init__(self, folder: Path) -> None:
         self.trap, self.good, self.folder = folder / "trap", folder / "good", folder / "set"
         tokenizer = train_sentencepiece([TEXT] * 20, folder / "made", vocab_size=320)
-        write_set(self.good, tokenizer, LENGTHS)
+        write_set(self.good, tokenizer, LENGTHS, version=1)
         self.index = np.arange(2 * sum(n // ROW for n in LENGTHS))
         self.rows = open_stream(self.config(str(self.good)), 1).read(self.index)
 
