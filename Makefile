@@ -5,7 +5,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 BIN := .venv/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+# exact versions: Python 3.11 has Megatron-core up to 0.16, from 3.12 on the newest
+CONSTRAINTS = $(shell $(BIN)/python -c 'import sys; print("constraints" + "-py312" * (sys.version_info > (3, 12)) + ".txt")')
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
 .PHONY: help train demo-data test test-all lint format clean
@@ -45,12 +47,12 @@ clean:  ## remove the environment; data/ and runs/ stay
 	  || { echo "$(PYTHON) cannot make virtual environments; use: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/.run: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.run: pyproject.toml constraints.txt constraints-py312.txt | .venv/bin/python
 	@echo 'installing the pinned packages into .venv: minutes, the first time'
 	@$(PIP_INSTALL) -e .
 	@touch $@
 
-.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.dev: pyproject.toml constraints.txt constraints-py312.txt | .venv/bin/python
 	@echo 'installing the pinned packages and the tools for tests into .venv: minutes, the first time'
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ .venv/.run

@@ -27,7 +27,8 @@ Z2, Z3, BF16 = "optim.zero_stage=2", "optim.zero_stage=3", "precision=bf16"
 TIED, FULL = "model.tie_embeddings=true", "parallel.recompute=full"
 AR, MDLM, SEDD = ([f"diffusion.objective={name}"] for name in ("ar", "mdlm", "sedd"))
 ALL_PARTS, DROPOUT, FAR_CLIP = "partition=all", "model.dropout=0.2", "optim.grad_clip=1e9"
-DECODER, MIXED = overrides("decoder"), overrides("mixed")
+DECAY = ["optim.weight_decay=0.5", "optim.weight_decay_on=matrices"]
+DECODER, MIXED = [*overrides("decoder"), *DECAY], [*overrides("mixed"), *DECAY]
 NAN, SPIKE, ABSENT = "harm=nan", "harm=spike", "harm=absent"
 LR, WEIGHT_TOLERANCE = 0.003, 0.003 * 5 * 1e-2
 

@@ -262,6 +262,8 @@ class OptimConfig:
     beta2: Decay = 0.999
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    """What decays: every parameter, or all but the weights of norms and biases."""
     grad_clip: Positive = 1.0
     warmup_steps: NonNegativeWhole = 2500
     schedule: Literal["constant", "cosine"] = "constant"

@@ -2,12 +2,34 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 _SPACE_SYMBOL = "\u2581"  # what SentencePiece writes for a space
 _BPE = 2  # the library's number for it
 # a piece that holds a visible character and then a space or newline
 _ACROSS_A_CUT = re.compile(f"[!-~][{_SPACE_SYMBOL} \n]")
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """What a model file says, as far as its counterpart in a tokenizer.json needs it.
+
+    Attributes:
+        pieces: (text, score, type) by id; text, score and type are the library's.
+        model_type: the library's number: 1 unigram, 2 BPE, 3 word, 4 char.
+        byte_fallback: characters without a piece are spelled in bytes.
+        character_map: the normalizer's compiled rules, empty for identity.
+        adds_prefix: a space is put before the text.
+        removes_spaces: runs of spaces become one.
+    """
+
+    pieces: tuple[tuple[str, float, int], ...]
+    model_type: int
+    byte_fallback: bool
+    character_map: bytes
+    adds_prefix: bool
+    removes_spaces: bool
 
 
 def read_spec(path: Path):
@@ -23,6 +45,18 @@ def read_spec(path: Path):
     if not spec.pieces:
         raise ValueError(f"tokenizer {path}: not a SentencePiece model (it has no pieces)")
     return spec
+
+
+def description(spec) -> SentencePieceModel:
+    """What exports need to know of it."""
+    return SentencePieceModel(
+        pieces=tuple((piece.piece, piece.score, piece.type) for piece in spec.pieces),
+        model_type=spec.trainer_spec.model_type,
+        byte_fallback=spec.trainer_spec.byte_fallback,
+        character_map=spec.normalizer_spec.precompiled_charsmap,
+        adds_prefix=spec.normalizer_spec.add_dummy_prefix,
+        removes_spaces=spec.normalizer_spec.remove_extra_whitespaces,
+    )
 
 
 def keeps_text(spec) -> bool:

@@ -44,6 +44,7 @@ class Tokenizer:
         special_text: how each special id is written when a caller wants to see it.
         cuts_at_spaces: a text cut before a lone space or newline between visible ASCII characters has the tokens of
             its two parts. What is not known to have this property is encoded whole.
+        sentencepiece: what a SentencePiece model file says; None for the other kinds.
         special_strips: special tokens that take blanks with them where a text names them: before, behind.
     """
 
@@ -60,6 +61,7 @@ class Tokenizer:
     cuts_at_spaces: bool = False
     special_strips: dict[int, tuple[bool, bool]] = field(default_factory=dict)
     template_file: Path | None = None
+    sentencepiece: sentencepiece_model.SentencePieceModel | None = field(default=None, repr=False)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special id (ValueError where that cannot be done)."""
@@ -220,8 +222,9 @@ def _sentencepiece(path: Path) -> Tokenizer:
     encode = sentencepiece_model.exact_encoder(model, spec) if keeps_text else model.encode
     cuts = sentencepiece_model.cuts_at_spaces(spec)
     return Tokenizer(
-        "sentencepiece", max(size, mask + 1), *special, (path,), text, encode, model.decode, cuts_at_spaces=cuts
-    )
+        "sentencepiece", max(size, mask + 1), *special, (path,), text, encode, model.decode, cuts_at_spaces=cuts,
+        sentencepiece=sentencepiece_model.description(spec),
+    )  # fmt: skip
 
 
 def _fast(tokenizer) -> tuple[Callable, Callable]:

@@ -152,6 +152,8 @@ class Parameter:
         parts: sizes along shard_dim of the parts that are cut each for itself (gate, up); empty: cut as one.
         gradient: what the gradient on one tensor-parallel rank covers: "whole"; "positions", its share of them under
             sequence parallelism; "heads", its attention heads. Shares are added over the ranks.
+        decays: its class of weight decay: True for matrices, False for the weights of norms and for biases, which
+            `optim.weight_decay_on=matrices` leaves alone.
         rows: its published rows: "plain" the same; "qkv" ordered by q, k, v, then head; "vocab" without padding.
         layer: the layer that holds it; None for the ends of the model.
     """
@@ -164,6 +166,7 @@ class Parameter:
     shard_dim: int | None = None
     parts: tuple[int, ...] = ()
     gradient: str = WHOLE
+    decays: bool = True
     rows: str = PLAIN
     layer: int | None = None
 
@@ -215,7 +218,7 @@ def parameters(arch: Architecture, vocabulary_rows: int | None = None) -> tuple[
     if not arch.tied_head:
         found.append(Parameter("head.output.weight", (rows, width), "output_layer.linear.weight", **output))
     if arch.head_bias:
-        found.append(Parameter("head.output.bias", (rows,), "output_layer.linear.bias", **output))
+        found.append(Parameter("head.output.bias", (rows,), "output_layer.linear.bias", decays=False, **output))
     if arch.uses_adaln:
         found += _linear("head.modulation", "output_layer.adaLN_modulation", (2 * width, cond), start=ZEROS)
     return tuple(found)
@@ -256,7 +259,7 @@ def _layer(arch: Architecture, layer: int) -> list[Parameter]:
 
 
 def _norm(name: str, published: str, width: int, gradient: str = WHOLE, layer: int | None = None) -> Parameter:
-    return Parameter(name, (width,), published, start=ONES, gradient=gradient, layer=layer)
+    return Parameter(name, (width,), published, start=ONES, gradient=gradient, decays=False, layer=layer)
 
 
 def _linear(
@@ -274,7 +277,7 @@ def _linear(
     """A linear layer's weight and bias. A bias added after the sum over ranks (cut inputs) is whole on each of them."""
     outputs, inputs = shape
     weight = Parameter(
-        f"{name}.weight", shape, f"{published}.weight", inputs, start, shard_dim, parts, WHOLE, rows, layer
+        f"{name}.weight", shape, f"{published}.weight", inputs, start, shard_dim, parts, rows=rows, layer=layer
     )
     if not bias:
         return [weight]
@@ -283,6 +286,7 @@ def _linear(
         weight,
         Parameter(
             f"{name}.bias", (outputs,), f"{published}.bias", inputs, start,
-            None if after_sum else shard_dim, parts, POSITIONS if after_sum else WHOLE, rows, layer,
+            None if after_sum else shard_dim, parts, POSITIONS if after_sum else WHOLE, decays=False, rows=rows,
+            layer=layer,
         ),
     ]  # fmt: skip

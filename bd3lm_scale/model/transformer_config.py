@@ -13,6 +13,11 @@ from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.model.functions import ACTIVATIONS
 from bd3lm_scale.model.parameters import Architecture, padded_vocab_size
 
+_CUDA_GRAPHS = next(
+    name for name in ("cuda_graph_modules", "cuda_graph_scope") if name in TransformerConfig.__dataclass_fields__
+)
+"""Which layers are captured as graphs: none, but the field's own default warns. Megatron-core 0.19 renamed it."""
+
 
 @dataclass
 class DenoiserConfig(TransformerConfig):
@@ -102,7 +107,6 @@ def make_transformer_config(
         persist_layer_norm=False,
         attention_softmax_in_fp32=True,
         deterministic_mode=config.train.deterministic,
-        cuda_graph_scope=[],
         # gloo has no batched send-receive; Megatron's default on GPUs where messages do not overlap computation
         batch_p2p_comm=on_gpu and parallel.interleaved_chunks is None,
         batch_p2p_sync=False,  # a device-wide wait after every message, for a fault of older versions of torch
@@ -118,6 +122,7 @@ def make_transformer_config(
         scores_noisy_half_only=config.scores_noisy_half_only,
         shift_targets=config.diffusion.shift_targets,
         **recompute,
+        **{_CUDA_GRAPHS: []},
     )
 
 

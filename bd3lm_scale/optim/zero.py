@@ -203,7 +203,7 @@ class ZeroOptimizer:
         c, unit = self.config, ModelParallelUnit()
         derived = engine_config(c, precision, micro_batch_size)
         adam = AdamWithEma(
-            parameters, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, fused=True
+            self._groups(), lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, fused=True
         )
         if self.stage == 3:
             cut(module, unit, derived, parameters[0].dtype)
@@ -218,6 +218,14 @@ class ZeroOptimizer:
         inner = cast(Any, optimizer)
         inner.flatten = _flatten_dense_tensors  # from here on there are values: gradients
         return engine, inner
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by class of weight decay, as the table has it; one group where all decay alike."""
+        if self.config.weight_decay_on == "all" or not self.config.weight_decay:
+            return [{"params": [parameter for _, parameter in self.named]}]
+        decaying = [parameter for _, parameter in self.named if description_of(parameter).decays]
+        others = [parameter for _, parameter in self.named if not description_of(parameter).decays]
+        return [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
 
     def _sum_sequence_parallel_gradients(self) -> None:
         """Where tensor-parallel ranks see shares of the positions (norms, row-parallel biases) or heads: add them."""

@@ -10,11 +10,12 @@ from bd3lm_scale.checkpoint.reader import open_checkpoint
 from bd3lm_scale.checkpoint.reshard import reshard
 from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.checkpoint.verify import verify
-from bd3lm_scale.config.load import to_dict
+from bd3lm_scale.config.load import from_dict, to_dict
 from bd3lm_scale.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from bd3lm_scale.config.sizes import parameters
 from bd3lm_scale.errors import CheckpointError
 from tests.checkpoint.layouts import cut, whole_state
+from tests.variants import VARIANTS
 
 CONFIG = RunConfig(
     run_dir="runs/x",
@@ -116,6 +117,36 @@ def test_reshard_keeps_every_bit(tmp_path, monkeypatch, num_files):
     assert max(sizes) - min(sizes) < 0.1 * sum(sizes)
     assert calls[-1][0] == calls[-1][1]
     assert json.loads(json.dumps(report.as_dict()))["num_files"] == num_files
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", [(2, 2, 3), (4, 1, 1), (1, 2, 2)])
+def test_variants_are_resharded_and_verified(tmp_path, variant, layout):
+    """Gates cut part by part, fewer heads of keys and values than ranks, no biases, no modulation."""
+    given = to_dict(CONFIG)
+    model = {**given["model"], "hidden_size": 64, "num_heads": 4, **VARIANTS[variant]}
+    config = from_dict({**given, "model": model})
+    named = parameters(config, 128)
+    shapes = {name: p.shape for name, p in named.items()}
+    state, meta = whole_state(shapes), {"config": to_dict(config), "vocab_size": VOCAB}
+    dims, parts = {n: p.shard_dim for n, p in named.items()}, {n: p.parts for n, p in named.items()}
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", CheckpointConfig(asynchronous=False))
+    store.save(3, [part for rank in cut(shapes, dims, *layout, state, parts=parts) for part in rank], meta)
+    assert store.last_save.problem is None
+    reshard(tmp_path / "run", tmp_path / "out", 3)
+    for folder in (tmp_path / "run", tmp_path / "out"):
+        (report,) = verify(folder)
+        assert report.is_valid, report
+        assert report.notes == ()
+        assert report.num_parameters == sum(p.size for p in named.values())
+    reader = open_checkpoint(tmp_path / "out")
+    assert all(torch.equal(reader.read(n, k), tensor) for k in state for n, tensor in state[k].items())
+    wrong = from_dict({**given, "model": {**model, "num_kv_heads": 4}})
+    store.save(4, [part for rank in cut(shapes, dims, *layout, state, parts=parts) for part in rank],
+               meta | {"config": to_dict(wrong)})  # fmt: skip
+    (report,) = verify(tmp_path / "run", step=4)
+    assert not report.is_valid
+    assert "linear_qkv" in report.problems[0]
 
 
 def test_reshard_exports_a_slice(tmp_path):

@@ -9,6 +9,7 @@ from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 from bd3lm_scale.training.step import FULL_RANGE, noise_step, train_step
 from bd3lm_scale.values import Rows
+from tests.variants import overrides
 
 TINY = [
     "data.context_length=16", "data.path=unused", "diffusion.block_size=4", "model.num_layers=1",
@@ -43,3 +44,33 @@ def test_bf16_gradients_are_accumulated_and_reduced_in_fp32(stage):
         assert torch.equal(found[name], total), name
         assert not torch.equal(total, total.bfloat16().float()), name
     shutdown()
+
+
+def trained(*settings: str) -> dict[str, torch.Tensor]:
+    """The masters after one step at a rate of 0.1."""
+    config = load_config("configs/demo.yaml", [*TINY, "precision=fp32", "optim.lr=0.1", *settings])
+    engine = build_engine(config, init_mesh(config.parallel, "cpu"), 50, 49)
+    text = torch.randint(0, 49, (2, 16), generator=torch.Generator().manual_seed(0))
+    rows = [Rows(text, torch.arange(2), torch.ones(2, dtype=torch.bool))]
+    train_step(engine, config, 0, noise_step(engine, config, 0, rows, FULL_RANGE), AnomalyPolicy(config.runtime))
+    found = {s.name: s.tensors["master"].clone() for s in engine.optimizer.slices()}
+    shutdown()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("network", [[], overrides("decoder"), overrides("mixed")])
+def test_norms_and_biases_are_left_alone_where_matrices_decay(stage, network):
+    """Decay is decoupled from the gradient: with the same step, w is smaller by lr * decay * w, or not at all."""
+    settings = [*network, f"optim.zero_stage={stage}"]
+    without = trained(*settings)
+    matrices = trained(*settings, "optim.weight_decay=0.25", "optim.weight_decay_on=matrices")
+    all_of_them = trained(*settings, "optim.weight_decay=0.25")
+    assert without.keys() == matrices.keys() == all_of_them.keys()
+    vectors = {name for name in without if name.endswith(".bias") or "norm" in name}
+    assert {"head.norm.weight", "decoder.layers.0.input_layernorm.weight"} <= vectors < set(without)
+    for name, weight in without.items():
+        assert torch.equal(matrices[name], weight if name in vectors else all_of_them[name]), name
+    moved = [name for name in without if not torch.equal(without[name], all_of_them[name])]
+    assert {name for name in without if "modulation" not in name and "head.output" not in name} <= set(moved)
+    assert (without["head.norm.weight"] - all_of_them["head.norm.weight"]).mean().item() == pytest.approx(0.025, 1e-3)

@@ -13,7 +13,9 @@ from tests.variants import overrides
 
 ROOT = Path(__file__).parents[2]
 TP2, PP2 = "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"
-DECODER = [*overrides("decoder"), "checkpoint.every_steps=4", "sampling.length=24"]
+VPP2, SP = "parallel.virtual_pipeline_parallel_size=2", "parallel.sequence_parallel=true"
+DECAY = ["optim.weight_decay=0.1", "optim.weight_decay_on=matrices"]
+DECODER = [*overrides("decoder"), *DECAY, "checkpoint.every_steps=4", "sampling.length=24"]
 USE = """
 import sys
 import torch
@@ -34,11 +36,15 @@ def run(*command: object) -> str:
 
 
 @pytest.mark.slow
-def test_a_decoder_trains_on_tp2_pp2_resumes_on_zero3_samples_exports_and_loads(trainer, tmp_path):
+def test_a_decoder_goes_through_five_layouts_samples_exports_and_loads(trainer, tmp_path):
+    """TP2 PP2, four replicas under ZeRO-3, TP4 (more ranks than heads of keys and values), interleaved, one process."""
     whole, legs = tmp_path / "whole", tmp_path / "legs"
-    trainer.train(whole, *DECODER, "train.steps=8")
+    trainer.train(whole, *DECODER, "train.steps=16")
     trainer.train(legs, *DECODER, "train.steps=4", TP2, PP2, world=4)
     trainer.train(legs, *DECODER, "train.steps=8", "optim.zero_stage=3", world=4)
+    trainer.train(legs, *DECODER, "train.steps=10", "parallel.tensor_parallel_size=4", SP, world=4)
+    trainer.train(legs, *DECODER, "train.steps=12", PP2, VPP2, "optim.zero_stage=1", world=2)
+    trainer.train(legs, *DECODER, "train.steps=16")
     assert stream_of(legs) == stream_of(whole)
     assert losses_of(legs) == pytest.approx(losses_of(whole), rel=1e-5)
     here, there = state_of(legs), state_of(whole)

@@ -195,7 +195,7 @@ DIFFUSION = (
             "the token that crosses p is kept",
             'token_filter.nucleus_p * sums[-1], side="right")))', 'token_filter.nucleus_p * sums[-1], side="right")) + 1)',
         ),
-        ("temperature multiplies", "logits_V.dtype.type(1.0 / token_filter.temperature)", "logits_V.dtype.type(token_filter.temperature)"),
+        ("temperature multiplies", "logits_V.dtype.type(token_filter.factor)", "logits_V.dtype.type(token_filter.temperature)"),
     ),
     *mutants_of(
         f"{_HERE}samplers/analytic.py",

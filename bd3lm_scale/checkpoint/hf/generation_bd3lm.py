@@ -22,6 +22,9 @@ from .likelihood_bd3lm import TIME_EPSILON, evaluating, sigma_of
 from .progress_bd3lm import GenerateOutput, GenerationState, Region
 from .settings_bd3lm import Settings, settings_of
 
+LEAST_TEMPERATURE = 1e-20
+"""Below it nothing changes, but float32 has no numbers for the quotients."""
+
 __all__ = ["BlockGeneration", "Draws", "GenerateOutput", "Settings"]
 
 
@@ -73,7 +76,7 @@ class Draws:
         """Logits with everything outside top-k and top-p at -inf; the best token always stays."""
         settings = self.settings
         if settings.do_sample and settings.temperature:
-            logits = logits.float() / settings.temperature
+            logits = logits.float() / max(settings.temperature, LEAST_TEMPERATURE)
         if settings.top_k:
             kth = logits.topk(min(settings.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -122,12 +125,11 @@ class BlockGeneration:
             ValueError: settings that cannot be obeyed, each by name; prompts that contain the mask (without fill).
         """
         input_ids = options.pop("inputs", None) if input_ids is None else input_ids
-        if options.get("fill") and (options.get("max_new_tokens") or options.get("max_length")):
-            raise ValueError("generate: fill=True adds no tokens; leave out max_new_tokens and max_length")
         settings = self._settings(generation_config, options)
-        if settings.fill and (stopping_criteria or streamer is not None):
+        if settings.fill and (stopping_criteria or settings.max_time or settings.stop_strings or streamer is not None):
             raise ValueError(
-                "generate: stopping_criteria and streamer follow text that grows; leave them out with fill"
+                "generate: stopping_criteria, max_time, stop_strings and streamer follow text that grows; "
+                "leave them out with fill"
             )
         device = self.backbone.vocab_embed.embedding.device
         if device.type == "meta":  # offloaded by accelerate, whose hooks move what a layer is given

@@ -27,6 +27,8 @@ def checked_ids(ids, vocab_size, name="input_ids", mask_token_id=None, counts_BL
         raise ValueError(f"{name} ({shape}): give a tensor of shape (rows, tokens), as tokenizers return with 'pt'")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} ({ids.dtype}): token ids are integers; use torch.int64")
+    if not len(ids):
+        raise ValueError(f"{name} {tuple(ids.shape)}: there is no row")
     ids = ids.long()
     counts_BL = torch.ones_like(ids, dtype=torch.bool) if counts_BL is None else counts_BL
     is_outside_BL = counts_BL & ((ids < 0) | (ids >= vocab_size))
@@ -46,6 +48,14 @@ def _first(ids, is_wrong_BL, name):
     return f"{name}: id {int(ids[row, column])} at row {row}, column {column}"
 
 
+def is_whole(value):
+    """Whether a number is an integer, of whatever type; False for what is none."""
+    try:
+        return not isinstance(value, bool | str) and int(value) == value
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
 class Alignment:
     """Rows moved so that each one's first real token is in column 0.
 
@@ -58,7 +68,7 @@ class Alignment:
         is_real_BL: bool, in moved columns; None where all tokens are real.
 
     Raises:
-        ValueError: another shape, or padding between real tokens.
+        ValueError: another shape, values other than 0 and 1, or padding between real tokens.
     """
 
     def __init__(self, attention_mask, batch, length):
@@ -71,6 +81,8 @@ class Alignment:
                 f"attention_mask {tuple(attention_mask.shape)}: give one value per token, shape {(batch, length)}"
             )
         is_real_BL = attention_mask.bool()
+        if not torch.compiler.is_compiling() and not bool((attention_mask == is_real_BL).all()):
+            raise ValueError("attention_mask: holds other values than 1 (a token) and 0 (padding)")
         column_L = torch.arange(length, device=is_real_BL.device)
         if torch.compiler.is_compiling():  # a graph cannot depend on values: rows are moved by 0 too
             self._first_B1 = self._first(is_real_BL, column_L)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
-from .inputs_bd3lm import Alignment, checked_ids
+from .inputs_bd3lm import Alignment, checked_ids, is_whole
 
 DRAWS = 8
 """Noise draws of `score` where it is not exact."""
@@ -190,8 +190,11 @@ class LikelihoodMixin:
                 independent of the rows beside it.
 
         Raises:
-            ValueError: rows longer than the model's context or without a token to score, masks in the text.
+            ValueError: rows longer than the model's context or without a token to score, masks in the text, weights
+                that are not finite.
         """
+        if not all(map(is_whole, seed if hasattr(seed, "__len__") and not isinstance(seed, str) else [seed])):
+            raise ValueError(f"seed ({seed}): use an integer, or one for each row")
         rows, tokens_BL, counts_BL = self._to_score(input_ids, attention_mask, labels, draws)
         is_real_BL = rows.is_real_BL
         with evaluating(self):
@@ -225,7 +228,7 @@ class LikelihoodMixin:
     def _to_score(self, input_ids, attention_mask, labels, draws):
         """Aligned rows, their tokens and which of these are scored; ValueError for what cannot be scored."""
         config = self.config
-        if draws is not None and (isinstance(draws, bool) or int(draws) != draws or draws < 1):
+        if draws is not None and not (is_whole(draws) and draws >= 1):
             raise ValueError(f"draws ({draws}): must be an integer of at least 1")
         input_ids = checked_ids(input_ids, config.vocab_size)
         if input_ids.shape[1] > config.model_length:
@@ -256,6 +259,8 @@ class LikelihoodMixin:
     def _score_output(self, token_nats_JBL, is_exact, counts_BL, rows):
         total_BL = token_nats_JBL.sum(0) if is_exact else token_nats_JBL.mean(0)
         nats, num_tokens, draws = total_BL.sum(1), counts_BL.sum(1), len(token_nats_JBL)
+        if not bool(nats.isfinite().all()):
+            raise ValueError("the model's likelihoods are not finite: its weights or activations hold NaN or infinity")
         stderr = torch.zeros_like(nats) if is_exact else torch.full_like(nats, float("nan"))
         if not is_exact and draws > 1:
             stderr = token_nats_JBL.sum(2).std(0) / draws**0.5

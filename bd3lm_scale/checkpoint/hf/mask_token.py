@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3lm_scale.checkpoint.hf.importing import read_json
-from bd3lm_scale.checkpoint.hf.tokenizer_files import read_sentencepiece
+from bd3lm_scale.data.sentencepiece_model import description, read_spec
 
 NAMES = ("<|mask|>", "<mask>", "[MASK]", "<|MASK|>", "<MASK>")
 """What tokenizers call their mask; the first is the name of a new one."""
@@ -155,7 +155,7 @@ def _read(folder: Path) -> _Known | None:
         models = sorted(folder.glob("*.model"))
         if len(models) != 1:
             return None
-        pieces = read_sentencepiece(models[0]).pieces
+        pieces = description(read_spec(models[0])).pieces
         return _Known({i: text for i, (text, _, _) in enumerate(pieces)}, (), {}, "")
     content, settings = read_json(folder / JSON), _optional(folder / CONFIG)
     model, tokens = content.get("model"), content.get("added_tokens") or []

@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass, fields
 
+import torch
 from transformers import GenerationConfig
+
+from .inputs_bd3lm import is_whole
 
 BLOCK_SAMPLERS = ("first_hitting", "ancestral", "confidence", "entropy")
 SAMPLERS = {
@@ -107,9 +110,16 @@ class Settings:
 
         need("temperature", lambda t: math.isfinite(t) and t >= 0, "use a number of at least 0 (0 is greedy)")
         need("top_p", lambda p: 0 < p <= 1, "use a number in (0, 1]; 1 keeps every token")
-        need("top_k", lambda k: k is None or (int(k) == k and k >= 0), "use an integer; 0 keeps every token")
-        for name in ("max_new_tokens", "num_steps", "num_return_sequences"):
-            need(name, lambda n: n is None or (int(n) == n and n >= 1), "must be an integer of at least 1")
+        need("top_k", lambda k: k is None or (is_whole(k) and k >= 0), "use an integer; 0 keeps every token")
+        for name in ("max_new_tokens", "max_length", "num_steps", "num_return_sequences"):
+            need(name, lambda n: n is None or (is_whole(n) and n >= 1), "must be an integer of at least 1")
+        need("seed", lambda s: s is None or (is_whole(s) and -(2**63) <= s < 2**64), "use an integer of 64 bits")
+        ids = "use an id, or a list of ids"
+        need("eos_token_id", lambda e: e is None or all(map(is_whole, e if isinstance(e, list | tuple) else [e])), ids)
+        for name in ("bos_token_id", "pad_token_id"):
+            need(name, lambda i: i is None or is_whole(i), "use an id")
+        for name in ("do_sample", "use_cache", "stop_at_eos", "fill", "return_dict_in_generate"):
+            need(name, lambda value: value in (True, False), "use true or false")
         need("threshold", math.isfinite, "use a number")
         need("max_time", lambda s: s is None or s > 0, "use a number of seconds above 0")
         allowed = SAMPLERS[objective]
@@ -130,7 +140,7 @@ def settings_of(own, passed, options, objective):
     if unknown:
         raise ValueError(f"generate: unknown options {unknown}; known are {sorted(known)}")
     layers = [_set_fields(own)] + ([] if passed is None or passed is own else [_set_fields(passed, defaults)])
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: _plain(value) for name, value in options.items() if value is not None}
     values = {}
     for layer in (*layers, options):
         for first, second in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
@@ -146,6 +156,10 @@ def settings_of(own, passed, options, objective):
     if objective in ("sedd", "ar") and "sampler" not in values:
         settings.sampler = SAMPLERS[objective][0]
     found = [f"{name} ({values[name]}): not supported here; leave it out" for name in refused]
+    if settings.fill:
+        asked = options if passed is None or passed is own or _is_copy(passed) else {**passed.to_diff_dict(), **options}
+        lengths = [name for name in ("max_new_tokens", "max_length") if asked.get(name) is not None]
+        found += [f"{name} ({asked[name]}): fill=True adds no tokens; leave it out" for name in lengths]
     found += settings.problems(objective)
     if found:
         raise ValueError("generate: " + "\n  ".join(found))
@@ -162,14 +176,23 @@ def _set_fields(config, defaults=None):
     said = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
     if hasattr(config, "threshold"):  # of an export, which says all of this
         said |= {"do_sample": config.do_sample, "top_k": config.top_k}
-    is_copy = hasattr(config, "num_steps") or getattr(config, "_from_model_config", False)
-    if defaults is not None and not is_copy and defaults.get("do_sample") is not None:
+    if defaults is not None and not _is_copy(config) and defaults.get("do_sample") is not None:
         said.setdefault("do_sample", config.do_sample)
         if config.do_sample:
             said.setdefault("top_k", config.top_k)
         if config.max_new_tokens is None:
             said.setdefault("max_length", config.max_length)
     return said
+
+
+def _is_copy(config):
+    """Whether a GenerationConfig is the model's own or made of it, as pipelines do."""
+    return hasattr(config, "num_steps") or getattr(config, "_from_model_config", False)
+
+
+def _plain(value):
+    """Tensors of ids as the integers they hold."""
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def _asks(name, value, defaults):

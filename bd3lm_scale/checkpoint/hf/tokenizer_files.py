@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bd3lm_scale.checkpoint.hf.special_tokens import NEVER, free_name, out_of_reach
+from bd3lm_scale.data.sentencepiece_model import SentencePieceModel
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 """SentencePiece's types of pieces."""
 UNIGRAM, BPE = 1, 2
 SPACE = "\u2581"
 CHAT_TEMPLATE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
-NEVER = -1e6
-"""Score of pieces that no text may produce."""
 
 
 class TokenizerLike(Protocol):
@@ -43,6 +44,11 @@ class TokenizerLike(Protocol):
     @property
     def special_text(self) -> dict[int, str]:
         """How each special id is written."""
+        ...
+
+    @property
+    def sentencepiece(self) -> SentencePieceModel | None:
+        """What its model file says, for that kind."""
         ...
 
     @property
@@ -75,11 +81,16 @@ def export_tokenizer(tokenizer: TokenizerLike, folder: Path, vocab_size: int, ma
             f"{vocab_size} with mask {mask_token_id}; give the tokenizer the model was trained with"
         )
     tokenizer.save(folder)
-    build = {"sentencepiece": _sentencepiece, "gpt2": _gpt2, "bert": _bert, "hugging_face": _hugging_face}
-    content = build[tokenizer.kind](folder)
+    build = {"gpt2": _gpt2, "bert": _bert, "hugging_face": _hugging_face}
+    spec = tokenizer.sentencepiece
+    content = build[tokenizer.kind](folder) if spec is None else _sentencepiece(spec)
     special = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "mask")}
     text = {**tokenizer.special_text, **{i: _written(content, i) for i in special.values() if _written(content, i)}}
+    text[mask_token_id] = free_name(content, mask_token_id, text[mask_token_id])
     content["added_tokens"] = _added(content, {i: text[i] for i in (*tokenizer.special_text, *special.values())})
+    foreign = {"hugging_face": {special[role] for role in ("mask", "bos", "eos")}}  # other ids its text may well hold
+    never = foreign.get(tokenizer.kind, {*text, *special.values()})
+    content = out_of_reach(content, {i: text[i] for i in never})
     _write(folder / "tokenizer.json", content)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -193,9 +204,8 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
     return content | {"truncation": None, "padding": None, "post_processor": None}
 
 
-def _sentencepiece(folder: Path) -> dict[str, Any]:
+def _sentencepiece(spec: SentencePieceModel) -> dict[str, Any]:
     """A SentencePiece model; its U+2581 is written as the space it stands for, so a literal U+2581 stays apart."""
-    spec = read_sentencepiece(folder / "tokenizer.model")
     names = [piece.replace(SPACE, " ") if kind in (NORMAL, USER_DEFINED) else piece for piece, _, kind in spec.pieces]
     if spec.model_type == BPE:
         model = _bpe({name: i for i, name in enumerate(names)}, _merges(names, spec), spec.byte_fallback)
@@ -238,11 +248,11 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def _unknown_piece(spec: "SentencePieceModel") -> str:
+def _unknown_piece(spec: SentencePieceModel) -> str:
     return next(piece for piece, _, kind in spec.pieces if kind == UNKNOWN)
 
 
-def _merges(names: list[str], spec: "SentencePieceModel") -> list[list[str]]:
+def _merges(names: list[str], spec: SentencePieceModel) -> list[list[str]]:
     """The merges a SentencePiece BPE model implies: every way to make a piece of two, best pieces first."""
     score = {name: s for name, (_, s, kind) in zip(names, spec.pieces, strict=True) if kind == NORMAL}
     found = [
@@ -275,46 +285,3 @@ def _added(content: dict[str, Any], special: dict[int, str]) -> list[dict[str, A
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-# ---- SentencePiece's file ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SentencePieceModel:
-    """What a .model file says.
-
-    Attributes:
-        pieces: (text, score, type) by id.
-        model_type: UNIGRAM, BPE, ...
-        character_map: the normalizer's compiled rules, empty for identity.
-    """
-
-    pieces: list[tuple[str, float, int]]
-    model_type: int
-    byte_fallback: bool
-    character_map: bytes
-    adds_prefix: bool
-    removes_spaces: bool
-
-
-def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """Read a SentencePiece model file through the library's own protocol buffer; ValueError when it is none."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    spec = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        spec.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise ValueError(f"{path}: not a SentencePiece model ({error})") from error
-    if not spec.pieces:
-        raise ValueError(f"{path}: not a SentencePiece model (it has no pieces)")
-    return SentencePieceModel(
-        pieces=[(piece.piece, piece.score, piece.type) for piece in spec.pieces],
-        model_type=spec.trainer_spec.model_type,
-        byte_fallback=spec.trainer_spec.byte_fallback,
-        character_map=spec.normalizer_spec.precompiled_charsmap,
-        adds_prefix=spec.normalizer_spec.add_dummy_prefix,
-        removes_spaces=spec.normalizer_spec.remove_extra_whitespaces,
-    )

@@ -46,6 +46,11 @@ class TokenFilter:
         return self.temperature == 0.0 or self.top_k == 1
 
     @property
+    def factor(self) -> float:
+        """Of the logits: 1 / temperature, or the largest that float32 can work with, where nothing changes any more."""
+        return min(1.0 / self.temperature, 1e20)
+
+    @property
     def cuts(self) -> bool:
         """Whether any token is dropped."""
         return self.nucleus_p < 1.0 or self.top_k is not None
@@ -76,7 +81,7 @@ def draw_tokens(logits_RV: Tensor, uniform_R: np.ndarray, token_filter: TokenFil
 
 def _draw_one(logits_V: np.ndarray, uniform: float, token_filter: TokenFilter) -> int:
     """One row in numpy: everything stays in the processor's cache."""
-    weight_V = np.exp((logits_V - logits_V.max()) * logits_V.dtype.type(1.0 / token_filter.temperature))
+    weight_V = np.exp((logits_V - logits_V.max()) * logits_V.dtype.type(token_filter.factor))
     if not token_filter.cuts:
         sums = np.cumsum(weight_V, dtype=np.float64)
         return int(min(np.searchsorted(sums, uniform * sums[-1], side="right"), np.flatnonzero(weight_V)[-1]))
@@ -107,7 +112,7 @@ def draw_tokens_batched(logits_RV: Tensor, uniform_R: Tensor, token_filter: Toke
 def _kept_weights(logits_RV: Tensor, token_filter: TokenFilter) -> tuple[Tensor, Tensor]:
     """Unnormalized float64 probabilities in falling order, 0 where dropped, and the ids they belong to."""
     values = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
-    weight_RV = ((values - values.amax(dim=-1, keepdim=True)) * (1.0 / token_filter.temperature)).exp()
+    weight_RV = ((values - values.amax(dim=-1, keepdim=True)) * token_filter.factor).exp()
     falling_RV, ids_RV = torch.sort(weight_RV, dim=-1, descending=True, stable=True)
     falling_RV = falling_RV.double()
     if token_filter.top_k is not None:

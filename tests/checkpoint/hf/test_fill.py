@@ -122,7 +122,7 @@ def test_text_longer_than_the_context_is_filled_too():
 
 def test_what_filling_cannot_do_is_refused():
     model, given = make("bd3lm"), masked()
-    with pytest.raises(ValueError, match="leave out max_new_tokens"):
+    with pytest.raises(ValueError, match="fill=True adds no tokens"):
         model.generate(given, fill=True, max_new_tokens=4)
     with pytest.raises(ValueError, match="with fill"):
         model.generate(given, fill=True, stopping_criteria=[lambda *_: False])

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from bd3lm_scale.checkpoint.metadata import weights_meta
 from bd3lm_scale.checkpoint.reader import open_checkpoint
 from bd3lm_scale.checkpoint.write import write_weights
 from bd3lm_scale.config.checks import padded_vocab_size
+from bd3lm_scale.config.load import from_dict, to_dict
 from bd3lm_scale.config.sizes import parameters
 from bd3lm_scale.data.chat import ChatFormat
 from bd3lm_scale.data.tokenizer import load_tokenizer
@@ -27,10 +28,18 @@ from tests.checkpoint.hf.test_decoders import check_round_trip
 from tests.checkpoint.layouts import whole_state
 from tests.checkpoint.test_conversion import configuration
 from tests.data.templates import MARKED, turns
+from tests.variants import VARIANTS
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("use_export.py")
 OLDEST = "transformers==4.49.0"
+KINDS = {
+    **{objective: (objective, {}) for objective in ("bd3lm", "mdlm", "sedd", "ar")},
+    "decoder": ("bd3lm", VARIANTS["decoder"]),
+    "mixed": ("mdlm", VARIANTS["mixed"]),
+    "ar_decoder": ("ar", VARIANTS["decoder"]),
+}
+"""Folder -> objective and network."""
 LAWS = ("modeling", "generation", "generate_as_transformers", "fill", "score", "finetuning")
 PEFT = ("peft==0.14.0", "accelerate==1.3.0")
 """Of the same months as OLDEST."""
@@ -38,7 +47,7 @@ PEFT = ("peft==0.14.0", "accelerate==1.3.0")
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Exports of the four objectives with a tokenizer, and what they should compute."""
+    """Exports of the four objectives and of other networks, with a tokenizer, and what they should compute."""
     folder = tmp_path_factory.mktemp("exports")
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [path.read_text(encoding="utf-8") for path in sources[:16]]
@@ -57,19 +66,21 @@ def exports(tmp_path_factory):
     export_tokenizer(chat, folder / "chat", size, mask)
     expected["messages"] = turns("def f(x):", "return x", "more", "x", system="short")
     expected["chat"] = ChatFormat(chat).encode(expected["messages"]).text
-    for objective in ("bd3lm", "mdlm", "sedd", "ar"):
+    for name, (objective, network) in KINDS.items():
         config = configuration(objective)
+        model = {**asdict(config.model), "hidden_size": 64, "num_heads": 4, **network}
+        config = from_dict({**to_dict(config), "model": model})
         config = replace(config, data=replace(config.data, context_length=64))
         shapes = {name: p.shape for name, p in parameters(config, padded_vocab_size(size)).items()}
         weights = ((n, "master", 0.2 * t) for n, t in whole_state(shapes, kinds=("master",))["master"].items())
-        write_weights(folder / "native" / objective, weights, weights_meta(config, size, mask, "a test"))
-        reader = open_checkpoint(folder / "native" / objective)
-        export_hf(reader, folder / objective, tokenizer=tokenizer, max_shard_size="100KB")
-        model = BD3LM.from_pretrained(folder / objective).eval()
+        write_weights(folder / "native" / name, weights, weights_meta(config, size, mask, "a test"))
+        reader = open_checkpoint(folder / "native" / name)
+        export_hf(reader, folder / name, tokenizer=tokenizer, max_shard_size="100KB")
+        model = BD3LM.from_pretrained(folder / name).eval()
         with torch.no_grad():
-            expected[f"{objective}.plain"] = model(tokens, expected["sigma"]).logits
+            expected[f"{name}.plain"] = model(tokens, expected["sigma"]).logits
             if objective == "bd3lm":
-                expected["bd3lm.pair"] = model(expected["pair"]).logits
+                expected[f"{name}.pair"] = model(expected["pair"]).logits
     torch.save(expected, folder / "expected.pt")
     return folder
 
@@ -127,9 +138,19 @@ def test_decoders_saved_by_transformers_4_49_are_imported(oldest, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_laws_of_the_exported_class_hold_on_transformers_4_49(oldest):
+def test_the_laws_of_the_exported_class_hold_on_transformers_4_49(oldest, monkeypatch):
     install(oldest, "pytest", *PEFT)
     tests = [f"tests/checkpoint/hf/test_{name}.py" for name in LAWS]
-    output = run(oldest, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *tests)
-    assert re.search(r"\d\d passed", output)
+    for network in ("dit", "decoder"):
+        monkeypatch.setenv("BD3LM_SCALE_TEST_NETWORK", network)
+        output = run(oldest, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *tests)
+        assert re.search(r"\d\d passed", output)
+        assert "failed" not in output
+
+
+@pytest.mark.slow
+def test_the_laws_of_the_exported_class_hold_for_a_decoder(monkeypatch, tmp_path):
+    monkeypatch.setenv("BD3LM_SCALE_TEST_NETWORK", "decoder")
+    tests = [f"tests/checkpoint/hf/test_{name}.py" for name in LAWS]
+    output = run(sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *tests)
     assert "failed" not in output

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from bd3lm_scale.checkpoint.hf.generation_bd3lm import Draws
 from bd3lm_scale.checkpoint.hf.settings_bd3lm import SAMPLERS, Settings
-from tests.checkpoint.hf.test_modeling import OBJECTIVES, make
+from tests.checkpoint.hf.test_modeling import NETWORK, OBJECTIVES, make
 
 FILLS_IN_DEFAULTS = GenerationConfig().do_sample is not None
 """transformers 4: a GenerationConfig knows no unset fields."""
@@ -214,8 +214,11 @@ def test_what_asks_for_nothing_is_accepted():
 
 BAD = {
     "temperature": [-0.1, float("nan"), float("inf"), "warm"], "top_p": [0.0, -1.0, 1.01, float("nan")],
-    "top_k": [-1, 2.5], "max_new_tokens": [0, -3, 1.5], "num_steps": [0], "num_return_sequences": [0],
-    "max_length": [6, 3], "threshold": [float("nan")], "max_time": [0.0], "sampler": ["best", "analytic"],
+    "top_k": [-1, 2.5, True, float("inf")], "max_new_tokens": [0, -3, 1.5, True], "num_steps": [0],
+    "num_return_sequences": [0],
+    "max_length": [6, 3, "9", 7.5], "seed": ["a", 2**64, 0.5], "eos_token_id": [[1, "a"], 0.5], "pad_token_id": ["x"],
+    "do_sample": ["no"], "use_cache": [3], "threshold": [float("nan")], "max_time": [0.0],
+    "sampler": ["best", "analytic"],
     "stop_strings": ["x"],
 }  # fmt: skip
 
@@ -314,7 +317,7 @@ def test_a_criterion_ends_a_row_at_the_token_that_meets_it(objective):
     """As with eos: the same text up to that token, which block it lies in makes no difference."""
     model, given = make(objective), prompts(4)
     is_real = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [1] * 6, [0, 1, 1, 1, 1, 1]])
-    if objective == "ar":  # where a row that has ended takes no more draws from the others
+    if objective == "ar" or NETWORK:  # where a row that has ended takes no more draws from the others
         is_real = torch.ones_like(given)
     options = {"attention_mask": is_real, "max_new_tokens": 21, "seed": 1, "num_steps": 4, "pad_token_id": 0}
     free = model.generate(given, stop_at_eos=False, **options)
@@ -338,3 +341,33 @@ def test_an_output_with_names_holds_the_models_own_log_probabilities():
     assert torch.equal(found.sequences, model.generate(given, **options))
     assert (found.log_probs[:, :6] == 0).all()
     torch.testing.assert_close(-found.log_probs[:, 6:], model.score(found.sequences).token_nats[:, 6:])
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-40, 1e-300, 5e-324])
+def test_the_smallest_temperatures_are_greedy(temperature):
+    draws, logits = Draws(Settings(temperature=temperature, seed=1), "cpu"), torch.randn(50, 30)
+    assert torch.equal(draws.tokens(logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_time": 0.1}, {"stop_strings": ["a"], "tokenizer": object()}, {"stopping_criteria": [print]},
+        {"max_length": 40}, {"generation_config": GenerationConfig(max_new_tokens=4)},
+        {"generation_config": GenerationConfig(max_length=40)},
+    ],
+)  # fmt: skip
+def test_filling_refuses_what_only_growing_text_has(options):
+    given = prompts()
+    given[:, 2:4] = 29
+    with pytest.raises(ValueError, match=r"leave (it|them) out"):
+        make("bd3lm").generate(given, fill=True, **options)
+
+
+def test_ids_may_be_tensors_and_rows_must_be_there():
+    model, given = make("bd3lm"), prompts()
+    options = {"max_new_tokens": 12, "seed": 1}
+    several = model.generate(given, eos_token_id=torch.tensor([3, 4]), **options)
+    assert torch.equal(several, model.generate(given, eos_token_id=[3, 4], **options))
+    with pytest.raises(ValueError, match="there is no row"):
+        model.generate(given[:0], **options)

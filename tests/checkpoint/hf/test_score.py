@@ -1,6 +1,7 @@
 """score(): exact where it can be, an error bar that is one elsewhere, and refusals that name what is wrong."""
 
 import math
+import re
 from itertools import combinations
 
 import pytest
@@ -180,3 +181,26 @@ def test_what_cannot_be_read_is_refused_by_name():
             call()
         assert model.training, message
         assert not model.backbone.blocks[1].training, "each module keeps its own mode"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_broken_weights_have_no_likelihood(objective):
+    model = make(objective)
+    torch.nn.init.constant_(model.backbone.blocks[0].attn_out.weight, float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        model.score(torch.randint(2, 29, (2, 8)), draws=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draws": float("nan")}, "draws (nan)"), ({"draws": "3"}, "draws (3)"), ({"draws": True}, "draws (True)"),
+        ({"seed": None}, "seed (None)"), ({"seed": "a"}, "seed (a)"), ({"seed": [1, 0.5]}, "seed ([1, 0.5])"),
+        ({"attention_mask": torch.full((2, 8), 2)}, "other values than 1"),
+        ({"attention_mask": torch.zeros(2, 8).masked_fill(torch.arange(8) > 5, -1e9)}, "other values than 1"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("objective", ["bd3lm", "ar"])
+def test_arguments_of_other_types_are_named(objective, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(objective).score(torch.randint(2, 29, (2, 8)), **options)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from bd3lm_scale.checkpoint.hf.tokenizer_files import copy_tokenizer, export_tokenizer, read_sentencepiece
+from bd3lm_scale.checkpoint.hf.tokenizer_files import copy_tokenizer, export_tokenizer
 from bd3lm_scale.data.chat import ChatFormat
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
@@ -95,7 +95,7 @@ def test_sentencepiece_becomes_a_lossless_fast_tokenizer(sentencepiece, tmp_path
         differ += ids != sentencepiece.encode(text)
         assert hugging_face.decode(ids) == text
         assert hugging_face.decode(sentencepiece.encode(text)) == text
-    if read_sentencepiece(tmp_path / "hf" / "tokenizer.model").model_type == 2:
+    if sentencepiece.sentencepiece.model_type == 2:
         assert differ == 0, "BPE: the very same ids"
     hugging_face.save_pretrained(tmp_path / "again")
     again = AutoTokenizer.from_pretrained(tmp_path / "again")
@@ -176,4 +176,105 @@ def test_another_tokenizer_is_refused(gpt2, tmp_path):
         export_tokenizer(gpt2, tmp_path, 1000, 999)
     (tmp_path / "tokenizer.model").write_bytes(b"\xff\xff\xff not a model")
     with pytest.raises(ValueError, match="not a SentencePiece model"):
-        read_sentencepiece(tmp_path / "tokenizer.model")
+        load_tokenizer(tmp_path / "tokenizer.model")
+
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<mask>"]
+LETTERS = [*"abekmst", " ", "mask", "a b", "ab"]
+
+
+def hugging_face_tokenizer(folder, model, named=("<mask>",), **parts):
+    """A tokenizer.json whose special tokens are plain entries of its vocabulary."""
+    folder.mkdir()
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    content = {"version": "1.0", **empty, "added_tokens": [], "model": model, **parts}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    roles = {"bos_token": "<s>", "eos_token": "</s>", **({"mask_token": named[0]} if named else {})}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
+    return load_tokenizer(folder)
+
+
+def unigram(pieces):
+    scored = [[piece, -1.0 - len(SPECIAL) - 0.1 * i] for i, piece in enumerate(pieces)]
+    return {"type": "Unigram", "unk_id": 0, "vocab": [[s, -0.5] for s in SPECIAL] + scored, "byte_fallback": False}
+
+
+def merged(pieces, merges, **more):
+    vocab = {piece: i for i, piece in enumerate([*SPECIAL, *pieces])}
+    return {"type": "BPE", "unk_token": "<unk>", "fuse_unk": False, "vocab": vocab, "merges": merges, **more}
+
+
+def words(kind):
+    pieces = ["a", "b", "mask", "<", ">", "s", "/s", "##b", "##mask", "##>", "##s", "##/", "##<"]
+    vocab = {piece: i for i, piece in enumerate([*SPECIAL, *pieces])}
+    more = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100} if kind == "WordPiece" else {}
+    return {"type": kind, "unk_token": "<unk>", "vocab": vocab, **more}
+
+
+SPELLED = [*"<>/ms", "<m", "as", "<mas", "k>"]
+MODELS = {
+    "unigram": (unigram([*LETTERS, "<", ">", "/"]), {}),
+    "unigram that cannot spell the name": (unigram(LETTERS), {}),
+    "merges that make the name": (
+        merged([*SPELLED, "a", "k"], [["<", "m"], ["a", "s"], ["<m", "as"], ["k", ">"], ["<mas", "k>"]]), {},
+    ),
+    "whole pieces before merges": (merged([*SPELLED, "a", "k"], [], ignore_merges=True), {}),
+    "words": (words("WordPiece"), {"pre_tokenizer": {"type": "WhitespaceSplit"}}),
+    "whole words": (words("WordLevel"), {"pre_tokenizer": {"type": "WhitespaceSplit"}}),
+    "lower case": (
+        words("WordPiece"),
+        {"pre_tokenizer": {"type": "WhitespaceSplit"}, "normalizer": {"type": "Lowercase"}},
+    ),
+}  # fmt: skip
+TEXTS = ["<mask>", "a <mask> b", "ab<mask>ab", "<s>a</s>", "</s> <mask><mask>", "<MASK> a", "mask", "as ab a"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_text_is_read_as_a_special_token_that_is_a_plain_entry(name, tmp_path):
+    model, parts = MODELS[name]
+    tokenizer = hugging_face_tokenizer(tmp_path / "own", model, **parts)
+    found = exported(tokenizer, tmp_path / "hf")
+    special = {tokenizer.mask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    assert found.mask_token_id == tokenizer.mask_token_id == 3
+    for text in TEXTS:
+        ids = found(text)["input_ids"]
+        assert special.isdisjoint(ids), f"{text!r} produced a special id"
+        if not any(s in text.lower() for s in SPECIAL) or name in ("unigram", "merges that make the name"):
+            assert ids == tokenizer.encode(text), text
+    assert found.convert_tokens_to_ids("<mask>") == 3
+
+
+def test_a_mask_beside_a_piece_of_that_name_gets_another(tmp_path):
+    """The tokenizer has no mask, so one is added; `<mask>` stays the ordinary piece that it is."""
+    tokenizer = hugging_face_tokenizer(tmp_path / "own", unigram([*LETTERS, "<", ">", "/"]), named=())
+    found = exported(tokenizer, tmp_path / "hf")
+    assert found.mask_token_id == tokenizer.mask_token_id == len(found) - 1
+    assert found("a<mask>b")["input_ids"] == tokenizer.encode("a<mask>b")
+    assert 3 in tokenizer.encode("a<mask>b")
+
+
+def test_a_special_token_that_no_cut_keeps_apart_is_refused(tmp_path):
+    pieces = unigram(LETTERS)
+    pieces["vocab"][3] = ["\x00", -0.5]
+    tokenizer = hugging_face_tokenizer(tmp_path / "own", pieces, named=("\x00",))
+    with pytest.raises(ValueError, match=r"out of ordinary text.*export without a tokenizer"):
+        exported(tokenizer, tmp_path / "hf")
+
+
+def test_a_sentencepiece_model_that_cannot_spell_its_special_names(tmp_path):
+    """Without byte fallback and without '<' among its characters, the names are unknown characters."""
+    import sentencepiece as library
+
+    lines = ["a tiny text of common words and no brackets at all", "words of a text with common letters"] * 40
+    for kind in ("unigram", "bpe"):
+        (tmp_path / kind).mkdir()
+        library.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_prefix=str(tmp_path / kind / "tokenizer"), vocab_size=28,
+            model_type=kind, control_symbols=["<mask>"], minloglevel=2,
+        )  # fmt: skip
+        tokenizer = load_tokenizer(tmp_path / kind / "tokenizer.model")
+        found = exported(tokenizer, tmp_path / f"{kind} hf")
+        assert found.mask_token_id == tokenizer.mask_token_id
+        for text in ("a <mask> b", "</s>", "<s><mask>words", "words of common text"):
+            assert set(tokenizer.special_text).isdisjoint(found(text)["input_ids"]), text
+        assert found("words of common text")["input_ids"] == tokenizer.encode("words of common text")

@@ -1,6 +1,6 @@
 """Uses exported folders the way their readers do; needs torch and transformers only. Run by test_fresh_venv.py.
 
-python use_export.py FOLDER    with FOLDER/{bd3lm,mdlm,sedd,ar} exports and FOLDER/expected.pt
+python use_export.py FOLDER    with FOLDER/NAME exports and FOLDER/expected.pt
 """
 
 import sys
@@ -14,30 +14,34 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 def main(folder: Path) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=True)
     assert "bd3lm_scale" not in sys.modules
-    for objective in ("bd3lm", "mdlm", "sedd", "ar"):
-        source = folder / objective
+    for source in sorted(
+        path.parent for path in folder.glob("*/config.json") if not path.parent.name.endswith("_again")
+    ):
+        name = source.name
         model, info = AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True, output_loading_info=True)
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
         with torch.no_grad():
-            for name, tokens in (("plain", expected["tokens"]), ("pair", expected["pair"])):
-                if name == "pair" and objective != "bd3lm":
-                    continue
-                difference = (model(tokens, expected["sigma"]).logits - expected[f"{objective}.{name}"]).abs().max()
-                assert difference < 1e-5, (objective, name, difference)
+            for kind, tokens in (("plain", expected["tokens"]), ("pair", expected["pair"])):
+                if f"{name}.{kind}" in expected:
+                    difference = (model(tokens, expected["sigma"]).logits - expected[f"{name}.{kind}"]).abs().max()
+                    assert difference < 1e-5, (name, kind, difference)
         check_text(model, source, expected)
         check_training(model, expected["tokens"])
-        check_saving(model, source, folder / f"{objective}_again", expected["tokens"], expected["sigma"])
+        check_saving(model, source, folder / f"{name}_again", expected["tokens"], expected["sigma"])
     tokenizer = AutoTokenizer.from_pretrained(folder / "chat")
     found = tokenizer.apply_chat_template(expected["messages"], return_dict=True, return_assistant_tokens_mask=True)
     assert tokenizer.decode(found["input_ids"]) == expected["chat"]
     answers = [i for i, mark in zip(found["input_ids"], found["assistant_masks"], strict=True) if mark]
     assert tokenizer.decode(answers) == "return x<|im_end|>x<|im_end|>"
-    generate = pipeline(
-        "text-generation",
-        model=str(folder / "bd3lm"),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "bd3lm", trust_remote_code=True),
-        trust_remote_code=True,
-    )
+    check_pipeline(folder / "bd3lm")
+    check_pipeline(folder / "decoder")
+    print(f"transformers {transformers.__version__}: all good")
+
+
+def check_pipeline(source):
+    """pipeline("text-generation"): one prompt, and two of unequal length with the end of text as padding."""
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+    generate = pipeline("text-generation", model=str(source), tokenizer=tokenizer, trust_remote_code=True)
     assert generate("def f(x):", max_new_tokens=8)[0]["generated_text"].startswith("def f(x):")
     prompts = ["def f(x):", "import os\n\n\nclass A:\n    pass\n"]
     generate.tokenizer.pad_token_id = generate.tokenizer.eos_token_id  # as many models have it
@@ -47,7 +51,6 @@ def main(folder: Path) -> None:
         text = found[0]["generated_text"]
         assert text.startswith(prompt), text
         assert len(text) > len(prompt), "nobody loses text to padding"
-    print(f"transformers {transformers.__version__}: all good")
 
 
 def check_text(model, source, expected):

@@ -115,3 +115,12 @@ def test_a_diverged_model_is_reported():
         draw_tokens(torch.full((1, 4), float("nan")), np.array([0.5]), TokenFilter(0.9))
     with pytest.raises(ValueError, match="not finite"):
         draw_tokens(torch.full((1, 4), -float("inf")), np.array([0.5]), TokenFilter())
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-40, 1e-300, 5e-324])
+@pytest.mark.parametrize("nucleus_p", [0.9, 1.0])
+def test_the_smallest_temperatures_are_greedy(temperature, nucleus_p):
+    logits_RV, uniform_R = torch.randn(50, 30), np.random.default_rng(0).random(50)
+    token_filter = TokenFilter(nucleus_p, None, temperature)
+    assert torch.equal(draw_tokens(logits_RV, uniform_R, token_filter), logits_RV.argmax(-1))
+    assert torch.equal(draw_tokens_batched(logits_RV, torch.from_numpy(uniform_R), token_filter), logits_RV.argmax(-1))
