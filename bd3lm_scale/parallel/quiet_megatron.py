@@ -1,7 +1,8 @@
 """Import this before anything of Megatron: its first import warns of libraries that are off here on purpose.
 
 It would also import wandb, a tenth of the time that a rank needs to start, for its inference engine alone.
-Megatron-core from 0.17 on imports torch's compiler of extensions, which reports where CUDA's is although nothing is to be compiled.
+Megatron-core from 0.17 on imports torch's compiler of extensions, which reports where CUDA's is although nothing is
+to be compiled.
 Nothing is left behind: filter, level and the hidden module are as before when the import is over.
 """
 
