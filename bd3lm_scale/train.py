@@ -134,7 +134,10 @@ def _known_vocab(config: RunConfig) -> int | None:
 
 def _open_data(config: RunConfig, world_size: int) -> tuple[RowStream, RowStream]:
     try:
-        train, held_out = (open_stream(config.data, config.seed, split) for split in ("train", "validation"))
+        train, held_out = (
+            open_stream(config.data, config.seed, split, block_size=config.document_block)
+            for split in ("train", "validation")
+        )
     except ValueError as error:
         raise ConfigError([str(error)], source="the data") from error
     check(config, world_size, train.vocab_size)

@@ -6,7 +6,7 @@ Shapes: B rows in a micro-batch, L tokens in a row, N blocks in a row, S tokens 
 P positions the transformer reads ([noisy ; clean] = 2L, or L), R rows the head is evaluated at.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 CLEAN_VIEW = 0
 PADDING = -1
 """Document number of positions that pad a row: nobody sees them, and they are neither masked nor counted."""
+_PADDING_RUN = 128
+_OUTSIDE = -(1 << 40)
 
 
 class Interval(NamedTuple):
@@ -127,6 +129,21 @@ class Visibility:
     block_P: Tensor
     block_size: int
 
+    def of_documents(self, document_L: Tensor) -> "Visibility":
+        """The same for a row of several documents (L,), in each of its views.
+
+        Padding sees at most padding close by, so that no position sees nothing.
+        """
+        beside = PADDING - torch.arange(len(document_L)) // _PADDING_RUN
+        segment_L = torch.where(document_L >= 0, document_L.to(beside), beside)
+        return replace(self, segment_P=segment_L.repeat(len(self.segment_P) // len(segment_L)))
+
+    def padded(self, num_positions: int) -> "Visibility":
+        """The same with further positions, which only see each other."""
+        extra = num_positions - len(self.view_P)
+        fields = ((self.view_P, CLEAN_VIEW), (self.segment_P, _OUTSIDE), (self.block_P, 0))
+        return Visibility(*(torch.nn.functional.pad(t, (0, extra), value=v) for t, v in fields), self.block_size)
+
     def may_see(self, query: Tensor, key: Tensor) -> Tensor:
         """True where position `query` attends to position `key` (index tensors that broadcast).
 
@@ -164,10 +181,12 @@ class LossSum:
     Attributes:
         weighted_nll: scalar, sum of weight * nll in nats (differentiable).
         block_loss_BN: detached float64 per-token mean loss of each block, for variance statistics.
+        token_loss_BL: detached float64 loss at each position, for figures of documents.
     """
 
     weighted_nll: Tensor
     block_loss_BN: Tensor
+    token_loss_BL: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,23 @@ from functools import cached_property
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data.document_rows import DocumentRows, RowLayout
 from bd3lm_scale.data.files import open_files
 from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota, weighted_order
 from bd3lm_scale.data.reader import ShardReader
 from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, data_digest, manifest_from_json
 from bd3lm_scale.data.storage import is_remote, join, read_text
-from bd3lm_scale.errors import ConfigError, NoShardLeftError
+from bd3lm_scale.errors import BadShardError, ConfigError, NoShardLeftError
 
 
 @dataclass(frozen=True)
 class _Dataset:
-    """One split of one folder of shards."""
+    """One split of one folder of shards; `packed` says which documents its rows hold, None where rows are a stream."""
 
     manifest: Manifest
     reader: ShardReader
     order: RowOrder
+    packed: DocumentRows | None
 
     def shard_name(self, number: int) -> str:
         """What errors and exclusions call the shard."""
@@ -35,18 +37,22 @@ class ShardSource:
         seed: the run's seed.
         split: "train" is shuffled and endless; "validation" is in natural order, dataset after dataset, and ends.
         excluded: names of damaged shards to go without.
+        block_size: what documents of packed rows begin at multiples of.
 
     Attributes:
         num_rows: rows per epoch, of all datasets together.
         dtype: what rows are read as.
         tokenizer: the identity all datasets share.
+        has_layout: whether rows are made of documents.
     """
 
-    def __init__(self, config: DataConfig, seed: int, split: str, excluded: tuple[str, ...] = ()):
+    def __init__(self, config: DataConfig, seed: int, split: str, excluded: tuple[str, ...] = (), block_size: int = 1):
         self.config = config
         self.seed = seed
         self.split = split
         self.excluded = excluded
+        self.block_size = block_size
+        self.has_layout = config.packing == "documents"
         self._datasets = tuple(_open_dataset(self, path, number) for number, path in enumerate(paths_of(config)))
         self.tokenizer = _same_tokenizer(config, [d.manifest.tokenizer for d in self._datasets])
         self.dtype = np.dtype(self._datasets[0].manifest.dtype)
@@ -65,21 +71,64 @@ class ShardSource:
 
     def without(self, excluded: tuple[str, ...]) -> "ShardSource":
         """The same rows, but for those of exactly these shards. NoShardLeftError when that leaves no row."""
-        return ShardSource(self.config, self.seed, self.split, excluded)
+        return ShardSource(self.config, self.seed, self.split, excluded, self.block_size)
 
     def read(self, sample_index: np.ndarray) -> np.ndarray:
         """Rows (n, L) in the stored dtype for int64 sample indices (n,). BadShardError, ValueError."""
         source, shard, row, inner = self._locate(sample_index)
-        out = np.zeros((len(source), self.config.context_length), self.dtype)
+        fill = self.tokenizer.pad_token_id if self.has_layout else 0
+        out = np.full((len(source), self.config.context_length), fill, self.dtype)
         for number in np.unique(source):
             dataset, chosen = self._datasets[number], source == number
             if self.split == "train" and dataset.reader.files.is_remote:
                 needed = dataset.order.shards_needed(int(inner[chosen].min()))
                 dataset.reader.files.fetch_ahead([dataset.manifest.shards[i] for i in needed])
-            length = row_payload(self.config)
-            rows = dataset.reader.read(shard[chosen], row[chosen] * length, length)
-            out[chosen] = wrap_rows(rows, self.tokenizer) if self.config.wrap_rows else rows
+            out[chosen] = self._read(dataset, shard[chosen], row[chosen], inner[chosen], out[chosen])
         return out
+
+    def _read(
+        self, dataset: _Dataset, shard: np.ndarray, row: np.ndarray, inner: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Rows (n, L) of one dataset; `rows` are filled with padding."""
+        if dataset.packed is None:
+            length = row_payload(self.config)
+            text = dataset.reader.read(shard, row * length, length)
+            return wrap_rows(text, self.tokenizer) if self.config.wrap_rows else text
+        little_endian = rows.astype(self.dtype.newbyteorder("<"), copy=False)
+        dataset.reader.read_runs(
+            little_endian.reshape(-1), dataset.packed.runs(shard, inner // dataset.order.num_rows, row)
+        )
+        return little_endian
+
+    def layout(self, sample_index: np.ndarray) -> RowLayout:
+        """Which document each position of packed rows belongs to, for int64 sample indices (n,)."""
+        source, shard, row, inner = self._locate(sample_index)
+        shape = len(source), self.config.context_length
+        out = RowLayout(np.zeros(shape, np.int32), np.zeros(shape, bool))
+        for number in np.unique(source):
+            dataset, chosen = self._datasets[number], source == number
+            assert dataset.packed is not None, "only packed rows have a layout"
+            found = dataset.packed.layout(shard[chosen], inner[chosen] // dataset.order.num_rows, row[chosen])
+            out.document[chosen], out.is_target[chosen] = found
+        return out
+
+    def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
+        """Tokens of packed rows, and how many of them begin a document; int64 (n, 2), from the index alone."""
+        source, shard, row, inner = self._locate(sample_index)
+        out = np.zeros((len(source), 2), np.int64)
+        for number in np.unique(source):
+            dataset, chosen = self._datasets[number], source == number
+            assert dataset.packed is not None, "only packed rows have a layout"
+            out[chosen] = dataset.packed.num_targets(
+                shard[chosen], inner[chosen] // dataset.order.num_rows, row[chosen]
+            )
+        return out
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the positions of packed rows that is padding; 0 for a stream."""
+        tokens = sum(d.manifest.num_tokens for d in self._datasets)
+        return 1 - tokens / (self.num_rows * self.config.context_length) if self.has_layout else 0.0
 
     @property
     def num_sound_rows(self) -> int:
@@ -184,7 +233,11 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
     config, split = source.config, source.split
     manifest = read_manifest(config, path, split)
     prefix = f"{number}:" if config.mixture else ""
+    reader = ShardReader(manifest, open_files(path, split, config), config.retries, prefix)
+    packed = _documents(source, path, reader, number) if source.has_layout else None
     rows = np.array([shard.num_tokens // row_payload(config) for shard in manifest.shards], np.int64)
+    if packed is not None:
+        rows = packed.rows_per_shard
     if not rows.sum():
         raise ValueError(
             f"data.path ({path}): no text: its {manifest.num_tokens} {split} tokens give no row of "
@@ -197,8 +250,26 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
         reason = f"data.path ({path}): every shard is excluded as damaged; restore the {split} shards"
         raise ConfigError([reason], source="the data")
     order = RowOrder(rows, source.seed, config.shuffle_window, number, damaged)
-    reader = ShardReader(manifest, open_files(path, split, config), config.retries, prefix)
-    return _Dataset(manifest, reader, order)
+    return _Dataset(manifest, reader, order, packed)
+
+
+def _documents(source: ShardSource, path: str, reader: ShardReader, number: int) -> DocumentRows:
+    """Which documents the rows of a dataset hold (ConfigError where its shards cannot say where documents begin)."""
+    if reader.files.is_remote:
+        reason = (
+            f"data.packing (documents): {path} is remote, and how its documents fill rows depends on all of its shards; "
+            "copy it to a local folder, or use data.packing=stream"
+        )
+        raise ConfigError([reason], source="the data")
+    tokens = np.array([shard.num_tokens for shard in reader.manifest.shards], np.int64)
+    seed = source.seed if source.split == "train" else None
+    packed = DocumentRows(reader.document_starts, tokens, source.config.context_length, source.block_size, seed, number)
+    try:
+        _ = packed.rows_per_shard
+    except BadShardError as problem:
+        reason = f"data.packing (documents): {problem}; without its documents no row is known: restore the shard"
+        raise ConfigError([reason], source="the data") from problem
+    return packed
 
 
 def _same_tokenizer(config: DataConfig, identities: list[TokenizerIdentity]) -> TokenizerIdentity:

@@ -5,6 +5,7 @@ from typing import Protocol
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data.document_rows import RowLayout
 from bd3lm_scale.data.shard_source import ShardSource
 from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.text_source import TextSource
@@ -20,6 +21,10 @@ class Source(Protocol):
     num_rows: int
     dtype: np.dtype
     tokenizer: TokenizerIdentity
+    has_layout: bool
+    """Whether rows have documents or tokens that are no targets; without, every row is one text to be predicted."""
+    block_size: int
+    """What documents begin at multiples of."""
 
     @property
     def data_hash(self) -> str:
@@ -28,6 +33,19 @@ class Source(Protocol):
 
     def read(self, sample_index: np.ndarray) -> np.ndarray:
         """Rows (n, L) in `dtype` for int64 sample indices (n,)."""
+        ...
+
+    def layout(self, sample_index: np.ndarray) -> RowLayout:
+        """Documents and targets of rows, where they have a layout; for int64 sample indices (n,)."""
+        ...
+
+    def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
+        """Targets of each row and how many of them begin a document, int64 (n, 2); no token is read."""
+        ...
+
+    @property
+    def padding_share(self) -> float:
+        """Share of all positions that is padding."""
         ...
 
     @property
@@ -56,8 +74,8 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: DataConfig, seed: int, split: str, excluded: tuple[str, ...]) -> Source:
-    """What `config` reads one split's rows from."""
+def open_source(config: DataConfig, seed: int, split: str, excluded: tuple[str, ...], block_size: int = 1) -> Source:
+    """What `config` reads one split's rows from; documents of packed rows begin at multiples of block_size."""
     if config.stream_text:
         return TextSource(config, seed, split)
-    return ShardSource(config, seed, split, excluded)
+    return ShardSource(config, seed, split, excluded, block_size)

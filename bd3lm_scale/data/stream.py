@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.files import open_cache
@@ -18,7 +20,7 @@ from bd3lm_scale.data.source import Source, open_source
 from bd3lm_scale.data.storage import DamagedError, is_remote, retrying, transfer
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
 from bd3lm_scale.errors import BadShardError
-from bd3lm_scale.values import Cursor
+from bd3lm_scale.values import Cursor, Targets
 
 _START = Cursor()
 
@@ -67,6 +69,25 @@ class RowStream:
             reason = f"the mask, id {self.mask_token_id}, stands in its text (row {index} of the run); prepare it anew"
             raise BadShardError(self.source.shard_of(index), reason)
 
+    def layout(self, sample_index: np.ndarray) -> dict[str, Tensor]:
+        """Documents and targets of rows by their names in `Rows`; empty where each row is one text to be predicted."""
+        if not self.source.has_layout:
+            return {}
+        found = self.source.layout(sample_index)
+        document_BL = torch.from_numpy(found.document.astype(np.int64))
+        return {"document_BL": document_BL, "is_target_BL": torch.from_numpy(found.is_target)}
+
+    def held_out_layout(self, position: np.ndarray) -> dict[str, Tensor]:
+        """`layout` of validation rows at places in the order of evaluation."""
+        return self.layout(self.source.by_weight(position))
+
+    def targets(self, sample_index: np.ndarray) -> Targets | None:
+        """Of all these rows together; None where every token is one."""
+        if not self.source.has_layout:
+            return None
+        tokens, first = self.source.num_targets(sample_index).sum(axis=0).tolist()
+        return Targets(tokens, first)
+
     def without(self, excluded: tuple[str, ...]) -> "RowStream":
         """The same stream going without these shards (and only these)."""
         source = self.source.without(excluded)
@@ -77,7 +98,9 @@ class RowStream:
         self.source.close()
 
 
-def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cursor = _START) -> RowStream:
+def open_stream(
+    config: DataConfig, seed: int, split: str = "train", cursor: Cursor = _START, *, block_size: int = 1
+) -> RowStream:
     """Open one split of the data that `config` names.
 
     Args:
@@ -85,13 +108,14 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
         seed: the run's seed; the order of the training rows depends on it.
         split: "train" (permuted per epoch, endless) or "validation" (natural order, num_rows rows).
         cursor: only its excluded_shards matter here; a stream has no position.
+        block_size: what documents of packed rows begin at multiples of (`RunConfig.document_block`).
 
     Raises:
         ValueError: nothing usable there, naming the folder and the remedy.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split {split!r}: use train or validation")
-    source = open_source(config, seed, split, tuple(cursor.excluded_shards))
+    source = open_source(config, seed, split, tuple(cursor.excluded_shards), block_size)
     identity = source.tokenizer
     folder = _tokenizer_folder(config, identity)
     return RowStream(

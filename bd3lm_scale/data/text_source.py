@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data.document_rows import RowLayout
 from bd3lm_scale.data.documents import BY_NAME, BadRecordError, read_records, record_text
 from bd3lm_scale.data.inputs import find_inputs
 from bd3lm_scale.data.shard_source import row_payload, wrap_rows
@@ -41,6 +42,7 @@ class TextSource:
         self.seed = seed
         self.split = split
         self.excluded: tuple[str, ...] = ()
+        self.has_layout, self.block_size, self.padding_share = False, 1, 0.0
         self._tokenizer = load_tokenizer(config.tokenizer)
         self.tokenizer = identity_of(self._tokenizer)
         self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
@@ -78,6 +80,14 @@ class TextSource:
             out[i] = next(itertools.islice(self._rows, wanted - self._next, None))
             self._next = wanted + 1
         return wrap_rows(out, self.tokenizer) if self.config.wrap_rows else out
+
+    def layout(self, sample_index: np.ndarray) -> RowLayout:
+        """Refused by the configuration: the text is a stream."""
+        raise ValueError("data.stream_text (true): its rows are a stream; use data.packing=stream")
+
+    def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
+        """See `layout`."""
+        raise ValueError("data.stream_text (true): its rows are a stream; use data.packing=stream")
 
     @property
     def num_sound_rows(self) -> int:

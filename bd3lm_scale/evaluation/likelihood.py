@@ -101,7 +101,8 @@ def _variance(loaded: Loaded, result: Validation, args: argparse.Namespace) -> V
 
 
 def _open(loaded: Loaded, split: str) -> RowStream:
-    return open_stream(loaded.config.data, loaded.config.seed, split)
+    config = loaded.config
+    return open_stream(config.data, config.seed, split, block_size=config.document_block)
 
 
 def report(loaded: Loaded, result: Validation) -> str:

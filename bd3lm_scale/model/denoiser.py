@@ -109,6 +109,7 @@ class Denoiser(MegatronModule):
         dropout_key: Tensor | None,
         index_R: Tensor,
         target_R: Tensor,
+        document_BL: Tensor | None = None,
     ) -> Tensor:
         """What the next stage needs, or (2, R) target logits and log-sum-exps on the last chunk.
 
@@ -118,6 +119,7 @@ class Denoiser(MegatronModule):
             dropout_key: int64 scalar on the CPU; None when evaluating.
             index_R: flat index b * L + l of the scored rows (used by the last chunk only).
             target_R: their target ids.
+            document_BL: documents of packed rows, on the CPU; None: each row is one.
         """
         batch, length = input_BP.shape[0], self.config.context_length
         hidden, conditioning = None, None
@@ -125,12 +127,15 @@ class Denoiser(MegatronModule):
             hidden, conditioning = self.embed(input_BP), self.condition(sigma_B)
         elif self.carries_conditioning:
             conditioning = self._take_conditioning()
+        rotary = self.training_rotary
+        if document_BL is not None and self.config.restart_positions:
+            rotary = self.restarted_rotary(document_BL)
         hidden = self.decoder(
             hidden_states=hidden,
-            attention_mask=None,
+            attention_mask=document_BL,
             context=conditioning,
             context_mask=dropout_key,
-            rotary_pos_emb=self.training_rotary,
+            rotary_pos_emb=rotary,
         )
         if not self.post_process:
             return self._leave(hidden, conditioning)
@@ -144,6 +149,15 @@ class Denoiser(MegatronModule):
     def rotary(self, position_P: Tensor) -> Tensor:
         """Rotary angles (P, 1, 1, K) at these positions."""
         return rotary_angles(position_P, self.config.head_width, self.config.architecture.rope)
+
+    def restarted_rotary(self, document_BL: Tensor) -> Tensor:
+        """Rotary angles (P, B, 1, K) that begin anew with every document; of no meaning in padding."""
+        position_L = torch.arange(self.config.context_length)
+        is_first_BL = document_BL[:, 1:] != document_BL[:, :-1]
+        start_BL = F.pad(is_first_BL, (1, 0)) * position_L
+        position_BL = position_L - start_BL.cummax(dim=1).values
+        angles_LBK = self.training_rotary[position_BL.T.to(self.training_rotary.device), 0, 0]
+        return angles_LBK.repeat(self.config.sequence_length // self.config.context_length, 1, 1)[:, :, None]
 
     def holds(self, parameter: Parameter) -> bool:
         """Whether a parameter of the table belongs to this chunk."""
