@@ -86,6 +86,9 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
             parts.callback(watchdog.stop)
             run_preflight(config.run_dir, to_dict(config), mesh.device, agreement, attempt=lock.attempt)
             log.info("\n%s", summary(config, mesh.world_size, stream.vocab_size))
+            if stream.source.has_layout:
+                log.info("packing     %s rows per epoch, %.2f%% padding", f"{stream.num_rows:,}",
+                         100 * stream.source.padding_share)  # fmt: skip
             session = open_session(config, mesh, stream, agreement, lock, fresh, step)
             parts.callback(session.close)
             metrics = MetricsWriter(config.run_dir, lock.attempt, config.logging, mesh.is_main_rank, to_dict(config))

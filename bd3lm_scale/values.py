@@ -3,20 +3,21 @@
     Rows -> NoisyRows -> HeadRows -> LossSum -> StepReport, and StateSlice for what a checkpoint holds
 
 Shapes: B rows in a micro-batch, L tokens in a row, N blocks in a row, S tokens in a block (L = N*S),
-P positions the transformer reads ([noisy ; clean] = 2L, or L), R rows the head is evaluated at.
+P positions the transformer reads ([noisy ; clean] without the last clean block: 2L - S; or L), R rows the head is
+evaluated at.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # plans and reports read intervals from here, and do without a library of 200 MB
+    from torch import Tensor
 
 CLEAN_VIEW = 0
 PADDING = -1
 """Document number of positions that pad a row: nobody sees them, and they are neither masked nor counted."""
-_PADDING_RUN = 128
-_OUTSIDE = -(1 << 40)
 
 
 class Interval(NamedTuple):
@@ -25,7 +26,7 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def floored(self, time_epsilon: float) -> "Interval":
+    def floored(self, time_epsilon: float) -> Interval:
         """The same without the times below `time_epsilon`, which are never drawn."""
         return Interval(max(self.low, time_epsilon), self.high)
 
@@ -85,7 +86,8 @@ class NoisyRows:
     """A micro-batch after noising: what the model reads and what its output is scored against.
 
     Attributes:
-        input_BP: int64 ids the transformer reads: [noisy ; clean], noisy alone, or the text itself (AR).
+        input_BP: int64 ids, of which the transformer reads the first P: [noisy ; clean], noisy alone, or the text
+            itself (AR).
         target_BL: int64 id that output position l is scored against.
         is_scored_BL: bool, where the head is evaluated (masked noisy tokens; AR: all but the last).
         weight_BL: float32 positive loss weight, 0 where not scored and in padding rows.
@@ -129,20 +131,9 @@ class Visibility:
     block_P: Tensor
     block_size: int
 
-    def of_documents(self, document_L: Tensor) -> "Visibility":
-        """The same for a row of several documents (L,), in each of its views.
-
-        Padding sees at most padding close by, so that no position sees nothing.
-        """
-        beside = PADDING - torch.arange(len(document_L)) // _PADDING_RUN
-        segment_L = torch.where(document_L >= 0, document_L.to(beside), beside)
-        return replace(self, segment_P=segment_L.repeat(len(self.segment_P) // len(segment_L)))
-
-    def padded(self, num_positions: int) -> "Visibility":
-        """The same with further positions, which only see each other."""
-        extra = num_positions - len(self.view_P)
-        fields = ((self.view_P, CLEAN_VIEW), (self.segment_P, _OUTSIDE), (self.block_P, 0))
-        return Visibility(*(torch.nn.functional.pad(t, (0, extra), value=v) for t, v in fields), self.block_size)
+    def first(self, count: int) -> Visibility:
+        """That of the first `count` positions alone."""
+        return Visibility(self.view_P[:count], self.segment_P[:count], self.block_P[:count], self.block_size)
 
     def may_see(self, query: Tensor, key: Tensor) -> Tensor:
         """True where position `query` attends to position `key` (index tensors that broadcast).
@@ -186,7 +177,7 @@ class LossSum:
 
     weighted_nll: Tensor
     block_loss_BN: Tensor
-    token_loss_BL: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    token_loss_BL: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -236,5 +227,5 @@ class StateSlice:
     start: int
     stop: int
     is_owner: bool = True
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     parts: tuple[int, ...] = ()

@@ -8,7 +8,6 @@ import torch
 from bd3lm_scale.config.load import load_config
 from bd3lm_scale.diffusion.noising import _assemble, _next_token_rows
 from bd3lm_scale.engine import build_engine, run_pass
-from bd3lm_scale.model.attention import AttentionPattern
 from bd3lm_scale.model.denoiser import named_parameters
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.values import PADDING, Rows

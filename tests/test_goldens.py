@@ -57,12 +57,13 @@ def checkpoint(tmp_path_factory):
 
 
 def training_logits(model, noisy_BL, clean_BL, sigma_B) -> torch.Tensor:
-    """Logits of the noisy half for [noisy ; clean], under the training pattern."""
-    position = torch.arange(LENGTH).repeat(2)
+    """Logits of the noisy half for [noisy ; clean], of which the model reads P, under the training pattern."""
+    num_positions = model.config.sequence_length
+    position = torch.arange(LENGTH).repeat(2)[:num_positions]
     with torch.no_grad():
         conditioning = model.condition(sigma_B)
         hidden = model.eval().decoder(
-            hidden_states=model.embed(torch.cat([noisy_BL, clean_BL], dim=1)),
+            hidden_states=model.embed(torch.cat([noisy_BL, clean_BL], dim=1)[:, :num_positions]),
             attention_mask=None,
             context=conditioning,
             context_mask=None,

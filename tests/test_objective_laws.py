@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bd3lm_scale.checkpoint.names import Architecture, table, to_ours, to_published
 from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.diffusion.loss import score_rows
 from bd3lm_scale.diffusion.noising import given_noise
 from bd3lm_scale.engine import Engine, build_engine, run_pass
@@ -91,6 +92,31 @@ def test_the_vectorized_pass_equals_two_passes(block_size):
     model = plain(weights)
     logits = model.two_pass_logits(noisy.input_BP[:, :LENGTH], clean, block_size)
     assert_equal_to_plain(engine, arch, noisy, model, logits)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_what_is_left_out_was_seen_by_nobody(block_size, monkeypatch):
+    """The last clean block, and the last layer's clean rows: the same losses and gradients as with them, in less."""
+    weights = random_parameters(VOCAB)
+    clean, shown, time = given_rows(block_size)
+    found = []
+    for cut in (True, False):
+        if not cut:
+            monkeypatch.setattr(RunConfig, "sequence_length", 2 * LENGTH)
+            monkeypatch.setattr(RunConfig, "scores_noisy_half_only", False)
+        engine, arch = engine_with(weights, f"diffusion.block_size={block_size}")
+        noisy = given_noise(clean, shown, time, engine.process, training=True)
+        read = []
+        for layer in engine.chunks[0].decoder.layers:
+            layer.mlp.register_forward_pre_hook(lambda _module, inputs, seen=read: seen.append(len(inputs[0])))
+        found.append((read, *loss_and_gradients(engine, arch, noisy)))
+        shutdown()
+    (read, loss, gradients), (all_read, same_loss, same_gradients) = found
+    assert read == [2 * LENGTH - block_size, LENGTH]
+    assert all_read == [2 * LENGTH] * 2
+    torch.testing.assert_close(loss, same_loss, rtol=1e-6, atol=1e-7)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, same_gradients[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["mdlm", "sedd", "ar"])

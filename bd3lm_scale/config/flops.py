@@ -1,7 +1,7 @@
 """What a row costs: the model's own floating-point operations, without recomputation.
 
 Matrix products over the positions the transformer really reads, and attention over exactly the pairs its visibility
-allows; a multiply-add counts as two. Block diffusion's clean half is scored by nobody, so in the last layer it is
+allows; a multiply-add counts as two. Block diffusion's clean tokens are scored by nobody, so in the last layer they are
 needed as keys and values only.
 """
 
@@ -15,8 +15,17 @@ def attention_pairs(config: RunConfig) -> int:
     length, size = config.data.context_length, config.block_size
     if config.diffusion.objective in ("mdlm", "sedd"):
         return length * length
-    causal = length * (length + size) // 2  # every position sees its own block and all earlier ones
-    return 2 * causal if config.diffusion.objective == "bd3lm" else causal
+    noisy = length * (length + size) // 2  # every position sees its own block and all earlier ones
+    if config.diffusion.objective == "ar":
+        return noisy
+    return noisy + _clean_pairs(config)
+
+
+def _clean_pairs(config: RunConfig) -> int:
+    """Those of the clean queries: whole blocks, and what is read of the last one, which sees itself and all others."""
+    clean, size = config.sequence_length - config.data.context_length, config.block_size
+    whole = clean // size * size
+    return whole * (whole + size) // 2 + (clean - whole) * clean
 
 
 def forward_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
@@ -28,9 +37,10 @@ def forward_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
     keys_and_values = 2 * arch.kv_heads * arch.head_width * arch.hidden_size
     queries = arch.num_heads * arch.head_width
     pairs = attention_pairs(config)
-    two_halves = config.diffusion.objective == "bd3lm"
-    spared_products = length * (products // arch.num_layers - keys_and_values) if two_halves else 0
-    spared_pairs = pairs // 2 if two_halves else 0
+    spares = config.scores_noisy_half_only
+    clean = config.sequence_length - length
+    spared_products = clean * (products // arch.num_layers - keys_and_values) if spares else 0
+    spared_pairs = _clean_pairs(config) if spares else 0
     diffusion = config.diffusion
     mean_mask_rate = sum(Interval(diffusion.clip_low, diffusion.clip_high).floored(diffusion.time_epsilon)) / 2
     scored = length - 1 if config.diffusion.objective == "ar" else mean_mask_rate * length

@@ -415,8 +415,21 @@ class RunConfig:
 
     @property
     def sequence_length(self) -> int:
-        """P, positions the transformer reads per row: 2L for bd3lm ([noisy ; clean]), L otherwise."""
-        return self.data.context_length * (2 if self.diffusion.objective == "bd3lm" else 1)
+        """P, positions the transformer reads per row: L, and for bd3lm the clean tokens behind the noisy ones.
+
+        No noisy block sees the last clean one, so it is left out: P = 2L - S. Sequence parallelism cuts P evenly, and
+        leaves out the largest part of that block that allows it.
+        """
+        if self.diffusion.objective != "bd3lm":
+            return self.data.context_length
+        ranks = self.parallel.tensor_parallel_size if self.parallel.sequence_parallel else 1
+        return 2 * self.data.context_length - self.block_size // ranks * ranks
+
+    @property
+    def scores_noisy_half_only(self) -> bool:
+        """The last layer's clean rows serve as keys and values only: true of bd3lm, where L can be cut evenly too."""
+        ranks = self.parallel.tensor_parallel_size if self.parallel.sequence_parallel else 1
+        return self.diffusion.objective == "bd3lm" and self.data.context_length % ranks == 0
 
     @property
     def uses_adaln(self) -> bool:

@@ -257,7 +257,7 @@ def _documents(source: ShardSource, path: str, reader: ShardReader, number: int)
     """Which documents the rows of a dataset hold (ConfigError where its shards cannot say where documents begin)."""
     if reader.files.is_remote:
         reason = (
-            f"data.packing (documents): {path} is remote, and how its documents fill rows depends on all of its shards; "
+            f"data.packing (documents): {path} is remote, and how documents fill rows depends on all of its shards; "
             "copy it to a local folder, or use data.packing=stream"
         )
         raise ConfigError([reason], source="the data")

@@ -3,7 +3,7 @@
 Three implementations of one rule (values.Visibility.may_see), equal up to rounding:
     dense    SDPA with the whole boolean mask: the oracle
     chunked  SDPA per run of whole blocks, each seeing only the key range it may see: for CPU
-    flex     FlexAttention with a cached block mask, padded to tiles of 128: for CUDA
+    flex     FlexAttention with a cached block mask: for CUDA
 
 Shapes: B rows, H query heads, G heads of keys and values (H unless grouped), K head width, P positions, Q queries of a
 chunk, J keys, T new tokens in cached decoding.
@@ -150,20 +150,14 @@ class AttentionPattern:
         ]
 
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, num_queries: int) -> Tensor:
-        padded_queries, padded_keys = (-(-n // _FLEX_TILE) * _FLEX_TILE for n in (num_queries, self.num_positions))
-        block_mask = self._block_mask(query.device, padded_queries, padded_keys)
-        query = F.pad(query, (0, 0, 0, padded_queries - num_queries))
-        key, value = (F.pad(t, (0, 0, 0, padded_keys - self.num_positions)) for t in (key, value))
+        block_mask = self._block_mask(query.device, num_queries)
         grouped = query.shape[1] != key.shape[1]
-        return _compiled_flex()(query, key, value, block_mask=block_mask, enable_gqa=grouped)[:, :, :num_queries]
+        return _compiled_flex()(query, key, value, block_mask=block_mask, enable_gqa=grouped)
 
-    def _block_mask(self, device: torch.device, padded_queries: int, padded_keys: int) -> Any:
-        cache_key = ("flex", device, padded_queries)
+    def _block_mask(self, device: torch.device, num_queries: int) -> Any:
+        cache_key = ("flex", device, num_queries)
         if cache_key not in self._on_device:
-            # Padding is a segment of its own: it sees itself, so no query row is empty (an empty one gives NaN).
-            # A query tile may stop short of the keys; padded query rows then stand for real positions, harmlessly.
-            padded = [self.visibility.padded(padded_keys)]
-            self._on_device[cache_key] = flex_block_mask(padded, padded_queries, _FLEX_TILE, device)
+            self._on_device[cache_key] = flex_block_mask([self.visibility], num_queries, _FLEX_TILE, device)
         return self._on_device[cache_key]
 
 

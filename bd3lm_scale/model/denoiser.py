@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bd3lm_scale.model.attention import AttentionPattern
 from bd3lm_scale.model.head import Head
-from bd3lm_scale.model.initialize import compare, initialize
+from bd3lm_scale.model.initialize import allocate, compare, mark
 from bd3lm_scale.model.layer import layer_spec
 from bd3lm_scale.model.parameters import TIME_FEATURES, Parameter, parameters
 from bd3lm_scale.model.rotary import rotary_angles
@@ -86,10 +86,10 @@ class Denoiser(MegatronModule):
         )
         if has_head:
             self.head = Head(config, group)
-        position = torch.arange(config.context_length)
-        if config.sequence_length == 2 * config.context_length:
-            position = torch.cat([position, position])  # both halves stand at the same places
-        self.register_buffer("training_rotary", self.rotary(position), persistent=False)
+        with torch.device("cpu"):  # only parameters are built on the meta device
+            # both halves stand at the same places
+            position = torch.arange(config.sequence_length) % config.context_length
+            self.register_buffer("training_rotary", self.rotary(position), persistent=False)
 
     def set_visibility(self, visibility: Visibility) -> None:
         """Say who sees whom; one prepared pattern serves all layers."""
@@ -114,7 +114,8 @@ class Denoiser(MegatronModule):
         """What the next stage needs, or (2, R) target logits and log-sum-exps on the last chunk.
 
         Args:
-            input_BP: token ids (used by the first chunk only, its shape by all).
+            input_BP: token ids (used by the first chunk only, its shape by all); those beyond P, the last clean
+                block, are seen by no scored position and not read.
             sigma_B: noise levels.
             dropout_key: int64 scalar on the CPU; None when evaluating.
             index_R: flat index b * L + l of the scored rows (used by the last chunk only).
@@ -124,7 +125,7 @@ class Denoiser(MegatronModule):
         batch, length = input_BP.shape[0], self.config.context_length
         hidden, conditioning = None, None
         if self.pre_process:
-            hidden, conditioning = self.embed(input_BP), self.condition(sigma_B)
+            hidden, conditioning = self.embed(input_BP[:, : self.config.sequence_length]), self.condition(sigma_B)
         elif self.carries_conditioning:
             conditioning = self._take_conditioning()
         rotary = self.training_rotary
@@ -151,13 +152,13 @@ class Denoiser(MegatronModule):
         return rotary_angles(position_P, self.config.head_width, self.config.architecture.rope)
 
     def restarted_rotary(self, document_BL: Tensor) -> Tensor:
-        """Rotary angles (P, B, 1, K) that begin anew with every document; of no meaning in padding."""
+        """Rotary angles (P, B, 1, K) that start anew with every document; of no meaning in padding."""
         position_L = torch.arange(self.config.context_length)
         is_first_BL = document_BL[:, 1:] != document_BL[:, :-1]
         start_BL = F.pad(is_first_BL, (1, 0)) * position_L
         position_BL = position_L - start_BL.cummax(dim=1).values
-        angles_LBK = self.training_rotary[position_BL.T.to(self.training_rotary.device), 0, 0]
-        return angles_LBK.repeat(self.config.sequence_length // self.config.context_length, 1, 1)[:, :, None]
+        views = position_BL.T[torch.arange(self.config.sequence_length) % self.config.context_length]
+        return self.training_rotary[views.to(self.training_rotary.device), 0]
 
     def holds(self, parameter: Parameter) -> bool:
         """Whether a parameter of the table belongs to this chunk."""
@@ -227,19 +228,21 @@ class ChunkList(nn.Module):
         return self.chunks[number](*args)
 
 
-def build_chunks(config: DenoiserConfig, mesh: Mesh, visibility: Visibility, seed: int) -> list[Denoiser]:
-    """This rank's part of the model, initialized from (seed, global parameter name): equal under every layout."""
+def build_chunks(config: DenoiserConfig, mesh: Mesh, visibility: Visibility, with_memory: bool) -> list[Denoiser]:
+    """This rank's part of the model, its weights without values and, unless `with_memory`, without memory."""
     virtual = config.virtual_pipeline_model_parallel_size
     table = {parameter.name: parameter for parameter in parameters(config.architecture)}
     chunks = []
     for virtual_stage in range(virtual) if virtual else [None]:
         has_embedding, has_head = pipeline.stage_ends(virtual_stage)
-        chunk = Denoiser(config, has_embedding, has_head, mesh.pipeline_rank, virtual_stage)
+        with torch.device("meta"):
+            chunk = Denoiser(config, has_embedding, has_head, mesh.pipeline_rank, virtual_stage)
         here = {name: parameter for name, parameter in table.items() if chunk.holds(parameter)}
         compare(named_parameters([chunk]), here, mesh.tensor_size)
-        initialize(named_parameters([chunk]), here, mesh.tensor_rank, mesh.tensor_size, config.sequence_parallel, seed)
+        allocate(chunk, mesh.device, with_memory)
+        mark(named_parameters([chunk]), here, mesh.tensor_size, config.sequence_parallel)
         chunk.set_visibility(visibility)
-        chunks.append(chunk.to(mesh.device))
+        chunks.append(chunk)
     return chunks
 
 

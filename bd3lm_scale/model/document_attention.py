@@ -8,14 +8,27 @@ Shapes: B rows, L tokens in a row, H query heads, G heads of keys and values, P 
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bd3lm_scale.model.tiles import Chunk, flex_block_mask, plan_chunks
-from bd3lm_scale.values import Visibility
+from bd3lm_scale.values import PADDING, Visibility
+
+_PADDING_RUN = 128
+
+
+def of_documents(visibility: Visibility, document_L: Tensor) -> Visibility:
+    """The visibility of a row that is several documents (L,), in each of its views.
+
+    Padding sees at most padding close by, so that no position sees nothing.
+    """
+    length, positions = len(document_L), len(visibility.view_P)
+    beside = PADDING - torch.arange(length) // _PADDING_RUN
+    segment_L = torch.where(document_L >= 0, document_L.to(beside), beside)
+    return replace(visibility, segment_P=segment_L[torch.arange(positions) % length])
 
 
 class DocumentPattern:
@@ -28,7 +41,7 @@ class DocumentPattern:
     """
 
     def __init__(self, visibility: Visibility, document_BL: Tensor, sdpa: Callable[..., Tensor]) -> None:
-        self.rows = [visibility.of_documents(document_L) for document_L in document_BL]
+        self.rows = [of_documents(visibility, document_L) for document_L in document_BL]
         self._sdpa = sdpa
         self._prepared: dict[Any, Any] = {}
 
@@ -66,15 +79,11 @@ class DocumentPattern:
         self, query: Tensor, key: Tensor, value: Tensor, num_queries: int, tile: int, kernel: Callable[..., Tensor]
     ) -> Tensor:
         """FlexAttention with the rows' own block masks; the kernel is compiled once, for masks are its arguments."""
-        padded_queries, padded_keys = (-(-n // tile) * tile for n in (num_queries, key.shape[2]))
-        name = ("flex", query.device, padded_queries)
+        name = ("flex", query.device, num_queries)
         if name not in self._prepared:
-            padded = [row.padded(padded_keys) for row in self.rows]
-            self._prepared[name] = flex_block_mask(padded, padded_queries, tile, query.device)
-        query = F.pad(query, (0, 0, 0, padded_queries - num_queries))
-        key, value = (F.pad(t, (0, 0, 0, padded_keys - t.shape[2])) for t in (key, value))
+            self._prepared[name] = flex_block_mask(self.rows, num_queries, tile, query.device)
         grouped = query.shape[1] != key.shape[1]
-        return kernel(query, key, value, block_mask=self._prepared[name], enable_gqa=grouped)[:, :, :num_queries]
+        return kernel(query, key, value, block_mask=self._prepared[name], enable_gqa=grouped)
 
 
 def document_runs(visibility: Visibility, length: int) -> list[tuple[int, int]]:

@@ -130,11 +130,23 @@ class DiTLayer(TransformerLayer):
         attention_input = modulate(self.input_layernorm(x), shift_a, scale_a).to(dtype)
         attended, _bias = self.self_attention(attention_input, attention_mask=seen, rotary_pos_emb=rotary_pos_emb)
         if self.num_outputs is not None and is_training:
-            x = x[: self.num_outputs]
+            x = self._first_rows(x, self.num_outputs) if self.config.sequence_parallel else x[: self.num_outputs]
         x = torch.addcmul(x, gate_a, self._drop(attended.float(), context_mask, 0))
         out, bias = self.mlp(modulate(self.pre_mlp_layernorm(x), shift_m, scale_m).to(dtype))
         out = out.float() if bias is None else out.float() + bias.float()
         return torch.addcmul(x, gate_m, self._drop(out, context_mask, 1)), context
+
+    def _first_rows(self, x: Tensor, count: int) -> Tensor:
+        """This rank's shard of the first `count` rows of the sequence, from shards of all of it."""
+        size, rank = self.tp_group.size(), self.tp_group.rank()
+        held, wanted = len(x), count // size
+
+        def moved(source: int, goal: int) -> int:
+            stop = min((source + 1) * held, (goal + 1) * wanted)
+            return max(0, stop - max(source * held, goal * wanted))
+
+        sent, received = [moved(rank, r) for r in range(size)], [moved(r, rank) for r in range(size)]
+        return tensor_parallel.all_to_all(self.tp_group, x[: sum(sent)], received, sent)
 
     def _drop(self, x: Tensor, key: Tensor | None, site: int) -> Tensor:
         return x if key is None or not self.training else self.apply_dropout(x, key, site)

@@ -103,21 +103,20 @@ def flex_block_mask(rows: Sequence[Visibility], num_queries: int, tile: int, dev
     """FlexAttention's BlockMask of the first num_queries positions by all, from the lists of its tiles.
 
     Args:
-        rows: visibility of all keys for each row, or of all rows alike; the number of keys and num_queries are
-            multiples of the tile.
-        num_queries: queries.
+        rows: visibility of all keys for each row, or of all rows alike.
+        num_queries: queries; where they or the keys end inside a tile, that tile counts as seen in part.
         tile: edge of a tile.
         device: where the kernel runs.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    num_keys, size = rows[0].view_P.numel(), rows[0].block_size
-    seen = [seen_tiles(row, range(0, num_queries + 1, tile), range(0, num_keys + 1, tile)) for row in rows]
-    partly, whole = [some & ~every for some, every in seen], [every for _, every in seen]
+    num_keys = rows[0].view_P.numel()
+    seen = [_seen_in_part_and_whole(row, num_queries, num_keys, tile) for row in rows]
+    partly, whole = [some for some, _ in seen], [every for _, every in seen]
     # the rows end to end: one rule for all of them
     there = Visibility(
         *(torch.cat([getattr(row, name) for row in rows]).to(device) for name in ("view_P", "segment_P", "block_P")),
-        size,
+        rows[0].block_size,
     )
 
     def seen_in_row(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -132,6 +131,17 @@ def flex_block_mask(rows: Sequence[Visibility], num_queries: int, tile: int, dev
         BLOCK_SIZE=(tile, tile),
         mask_mod=seen_in_row if len(rows) > 1 else lambda b, h, q, k: there.may_see(q, k),
     )
+
+
+def _seen_in_part_and_whole(
+    visibility: Visibility, num_queries: int, num_keys: int, tile: int
+) -> tuple[np.ndarray, np.ndarray]:
+    some, every = seen_tiles(
+        visibility, [*range(0, num_queries, tile), num_queries], [*range(0, num_keys, tile), num_keys]
+    )
+    every[num_queries // tile :] = False
+    every[:, num_keys // tile :] = False
+    return some & ~every, every
 
 
 def _listed(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:

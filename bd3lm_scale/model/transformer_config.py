@@ -115,7 +115,7 @@ def make_transformer_config(
         mask_token_id=mask_token_id,
         attention_backend=model.attention,
         restart_positions=config.data.restart_positions,
-        scores_noisy_half_only=config.diffusion.objective == "bd3lm" and not parallel.sequence_parallel,
+        scores_noisy_half_only=config.scores_noisy_half_only,
         **recompute,
     )
 

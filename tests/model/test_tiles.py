@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bd3lm_scale.diffusion.visibility import training_visibility
 from bd3lm_scale.model.attention import AttentionPattern
@@ -70,13 +70,12 @@ def test_many_pieces_are_worked_off_in_parts(monkeypatch):
 @pytest.mark.parametrize(("block_size", "length"), BLOCKS)
 @pytest.mark.parametrize("half", [False, True])
 def test_flex_tile_lists_equal_those_made_from_the_whole_mask(block_size, length, half):
-    """The library's own way evaluates every pair; with padding, and where only the noisy half asks."""
-    tile = 128
-    pattern = AttentionPattern(training_visibility("bd3lm", length, block_size))
-    queries = length if half else 2 * length
-    padded_queries, padded_keys = (-(-n // tile) * tile for n in (queries, 2 * length))
-    ours = pattern._block_mask(torch.device("cpu"), padded_queries, padded_keys)
-    theirs = create_block_mask(ours.mask_mod, None, None, padded_queries, padded_keys, device="cpu")
+    """The library's own way evaluates every pair; where rows end inside a tile, and where only the noisy half asks."""
+    positions = 2 * length - block_size
+    pattern = AttentionPattern(training_visibility("bd3lm", length, block_size).first(positions))
+    queries = length if half else positions
+    ours = pattern._block_mask(torch.device("cpu"), queries)
+    theirs = create_block_mask(ours.mask_mod, None, None, queries, positions, device="cpu")
     assert ours.seq_lengths == theirs.seq_lengths
     assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE
     for kind in ("kv", "full_kv", "q", "full_q"):
@@ -86,7 +85,7 @@ def test_flex_tile_lists_equal_those_made_from_the_whole_mask(block_size, length
         assert lists.dtype == wanted_lists.dtype
         used = torch.arange(lists.shape[-1]) < count[..., None]
         assert torch.equal(lists[used], wanted_lists[used]), kind
-    index = torch.arange(2 * length)
+    index = torch.arange(positions)
     dense = pattern.visibility.may_see(index[:queries, None], index[None, :])
     assert torch.equal(ours.mask_mod(0, 0, index[:queries, None], index[None, :]), dense)
 
@@ -115,12 +114,15 @@ def test_chunks_cover_exactly_what_is_seen_and_share_their_biases(block_size, le
 
 
 @pytest.mark.parametrize(("block_size", "length"), [(1, 300), (4, 300), (16, 512), (5, 330), (100, 300)])
-def test_chunked_attention_equals_the_dense_oracle(block_size, length):
-    """Output and gradients, for all positions and for the noisy half."""
-    visibility = training_visibility("bd3lm", length, block_size)
+def test_chunked_and_flex_attention_equal_the_dense_oracle(block_size, length, monkeypatch):
+    """For all positions and for the noisy half; flex as torch computes it without a kernel, which has no gradients."""
+    monkeypatch.setattr("bd3lm_scale.model.attention._compiled_flex", lambda: flex_attention)
+    positions = 2 * length - block_size
+    visibility = training_visibility("bd3lm", length, block_size).first(positions)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2 * length, 2, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
-    for queries in (length, 2 * length):
+    q, k, v = (torch.randn(positions, 2, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    for queries in (length, positions):
+        flex = AttentionPattern(visibility, "flex").attend(q, k, v, queries)
         found = []
         for backend in ("chunked", "dense"):
             tensors = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -129,6 +131,7 @@ def test_chunked_attention_equals_the_dense_oracle(block_size, length):
             found.append([out.detach(), *(t.grad for t in tensors)])
         for ours, oracle in zip(*found, strict=True):
             torch.testing.assert_close(ours, oracle, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(flex, found[1][0], rtol=1e-5, atol=1e-5)  # its softmax is taken in fp32
 
 
 def test_preparing_long_rows_takes_little_memory():
@@ -151,11 +154,11 @@ def peak(prepare):
 
 length, cpu = 65536, torch.device("cpu")
 small = AttentionPattern(training_visibility("bd3lm", 512, 16))
-small._block_mask(cpu, 1024, 1024), small._chunks(cpu, torch.float32)  # libraries come in first
+small._block_mask(cpu, 1024), small._chunks(cpu, torch.float32)  # libraries come in first
 found = {}
 for size in (1, 16, 1024):
     pattern = AttentionPattern(training_visibility("bd3lm", length, size))
-    found[f"flex {size}"] = peak(lambda: pattern._block_mask(cpu, 2 * length, 2 * length))
+    found[f"flex {size}"] = peak(lambda: pattern._block_mask(cpu, 2 * length))
     found[f"chunks {size}"] = peak(lambda: pattern._chunks(cpu, torch.float32))
 print(json.dumps(found))
 """

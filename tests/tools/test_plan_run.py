@@ -1,6 +1,7 @@
 """Planning: FLOPs counted exactly, suggestions that pass the checks and fit, errors with a way out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from bd3lm_scale.config.checks import problems
 from bd3lm_scale.config.load import from_dict, load_config
+from bd3lm_scale.config.schema import ParallelConfig
 from bd3lm_scale.config.sizes import parameters
 from bd3lm_scale.diffusion.visibility import training_visibility
 from tools import plan_run
@@ -31,10 +33,37 @@ def make(objective="bd3lm", length=32, block_size=4, **model):
 @pytest.mark.parametrize("block_size", [1, 4, 32])
 def test_attention_pairs_are_those_the_visibility_rule_allows(objective, block_size):
     config = make(objective, block_size=block_size)
-    visibility = training_visibility(objective, 32, config.block_size)
+    visibility = training_visibility(objective, 32, config.block_size).first(config.sequence_length)
     positions = torch.arange(len(visibility.view_P))
     allowed = visibility.may_see(positions[:, None], positions[None, :])
     assert plan_run.attention_pairs(config) == int(allowed.sum())
+
+
+@pytest.mark.parametrize(("length", "size", "ranks", "positions"), [(36, 6, 4, 68), (36, 12, 4, 60), (36, 2, 4, 72)])
+def test_sequence_parallel_ranks_get_equal_parts_of_what_is_read(length, size, ranks, positions):
+    """As much of the last clean block is left out as can be; the pairs are still those of the rule."""
+    parallel = {"tensor_parallel_size": ranks, "sequence_parallel": True}
+    config = replace(make(length=length, block_size=size), parallel=ParallelConfig(**parallel))
+    assert problems(config, ranks) == []
+    assert config.sequence_length == positions
+    visibility = training_visibility("bd3lm", length, size).first(positions)
+    position = torch.arange(positions)
+    allowed = visibility.may_see(position[:, None], position[None, :])
+    assert plan_run.attention_pairs(config) == int(allowed.sum())
+    noisy, products = int(allowed[:length].sum()), 3 * 12 * 64 * 64
+    forward = plan_run.forward_flops(config, 128)
+    assert forward["attention"] == 4 * 64 * (3 * int(allowed.sum()) - int(allowed.sum()) + noisy)
+    assert forward["linear layers"] == 2 * (products * positions - products / 3 * 10 / 12 * (positions - length))
+
+
+def test_rows_that_cannot_be_cut_keep_the_whole_last_layer():
+    parallel = {"tensor_parallel_size": 4, "sequence_parallel": True}
+    config = replace(make(length=30, block_size=5), parallel=ParallelConfig(**parallel))
+    assert config.sequence_length == 56
+    assert not config.scores_noisy_half_only
+    assert make(length=30, block_size=5).scores_noisy_half_only
+    forward = plan_run.forward_flops(config, 128)
+    assert forward["linear layers"] == 2 * 3 * 12 * 64 * 64 * 56
 
 
 def test_linear_flops_are_two_per_weight_and_position():
@@ -44,9 +73,9 @@ def test_linear_flops_are_two_per_weight_and_position():
         p.size for name, p in named.items() if name.startswith("decoder.") and len(p.shape) == 2 and "modul" not in name
     )
     forward = plan_run.forward_flops(config, 128)
-    # 64 positions; in the last layer the 32 clean ones only need K and V, 2 of 12 units of width squared
-    assert forward["linear layers"] == 2 * (matrices * 64 - matrices / 3 * 10 / 12 * 32)
-    assert forward["attention"] == 4 * 64 * (3 * 32 * 36 - 32 * 36 / 2)
+    # 60 positions; in the last layer the 28 clean ones only need K and V, 2 of 12 units of width squared
+    assert forward["linear layers"] == 2 * (matrices * 60 - matrices / 3 * 10 / 12 * 28)
+    assert forward["attention"] == 4 * 64 * (3 * (16 * 36 + 14 * 32) - 14 * 32)
     mdlm = plan_run.forward_flops(make("mdlm"), 128)
     assert mdlm["linear layers"] == 2 * matrices * 32
     modulation = sum(p.size for name, p in named.items() if name.endswith("modulation.weight"))
@@ -60,8 +89,8 @@ def test_flops_of_a_decoder_are_those_of_its_shapes():
     config = make(num_kv_heads=2, head_dim=24, mlp="swiglu", ffn_hidden_size=96, adaln=False)
     forward = plan_run.forward_flops(config, 128)
     layer = 64 * (4 + 2 * 2) * 24 + 4 * 24 * 64 + 3 * 64 * 96
-    assert forward["linear layers"] == 2 * (3 * 64 * layer - 32 * (layer - 64 * 2 * 2 * 24))
-    assert forward["attention"] == 4 * 4 * 24 * (3 * 32 * 36 - 32 * 36 / 2)
+    assert forward["linear layers"] == 2 * (3 * 60 * layer - 28 * (layer - 64 * 2 * 2 * 24))
+    assert forward["attention"] == 4 * 4 * 24 * (3 * (16 * 36 + 14 * 32) - 14 * 32)
     assert forward["conditioning"] == 0
 
 

@@ -67,7 +67,7 @@ TRAINING = (
     *mutants_of(
         "bd3lm_scale/model/denoiser.py",
         (f"{_OBJECTIVE}test_the_vectorized_pass_equals_two_passes",),
-        ("the clean half at later places", "torch.cat([position, position])", "torch.cat([position, position + length])"),
+        ("the clean half at later places", "(config.sequence_length) % config.context_length", "(config.sequence_length)"),
     ),
     *mutants_of(
         "bd3lm_scale/training/step.py",
