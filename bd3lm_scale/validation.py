@@ -5,7 +5,7 @@ Shapes: B rows in a micro-batch, J noise draws.
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.data.stream import RowStream
 from bd3lm_scale.diffusion.clip_search import CountMoments
-from bd3lm_scale.diffusion.likelihood import Likelihood, LikelihoodSums
+from bd3lm_scale.diffusion.likelihood import DocumentSums, Likelihood, LikelihoodSums
 from bd3lm_scale.diffusion.loss import row_losses
 from bd3lm_scale.diffusion.noising import noise_rows_for_evaluation
 from bd3lm_scale.engine import Engine, run_pass, sum_over_ranks
@@ -34,11 +34,13 @@ class Validation:
         likelihood: NELBO, PPL, bits per token, standard errors.
         moments: moments of the block losses by number of masked tokens, over all ranks, for the clip search.
         stream: the rows without those of damaged shards, which were left out.
+        documents: losses of the documents of packed rows; None where rows are a stream.
     """
 
     likelihood: Likelihood
     moments: CountMoments
     stream: RowStream
+    documents: DocumentSums | None = None
 
 
 def validate(
@@ -73,6 +75,7 @@ def validate(
     stream, plan = _sound_rows(engine, stream, rows, size, config.data.on_bad_shard == "skip")
     num_rows = plan.global_batch_size
     sums, moments = LikelihoodSums.empty(), CountMoments(engine.process.block_size)
+    documents = DocumentSums(stream.num_documents, draws) if config.data.packing == "documents" else None
     _set_mode(engine, training=False)
     with engine.optimizer.ema_weights() if use_ema and engine.optimizer else nullcontext():
         for group in _groups(plan, stream, engine.mesh.pipeline_size):
@@ -80,12 +83,19 @@ def validate(
             losses_by_draw = [run_pass(engine, noisy) for noisy in noisy_by_draw]
             if engine.reports_loss:
                 sums = sums + _likelihood_sums(noisy_by_draw, losses_by_draw, engine)
+                if documents is not None:
+                    _add_documents(documents, noisy_by_draw[0], losses_by_draw, stream)
                 for noisy, losses in zip(noisy_by_draw, losses_by_draw, strict=True):
                     for n, loss in zip(noisy, losses, strict=True):
                         moments.accumulate(n, loss)
             beat(min(num_rows, int(group[-1].position_B[-1]) + 1))
     _set_mode(engine, training=True)
-    return _reduce(engine, sums, moments, stream)
+    result = _reduce(engine, sums, moments, stream)
+    if documents is None:
+        return result
+    total, _ = sum_over_ranks(engine, documents.as_tensor().tolist(), [])
+    documents = documents.filled(torch.tensor(total, dtype=torch.float64))
+    return replace(result, likelihood=documents.estimate(), documents=documents)
 
 
 def _sound_rows(
@@ -158,6 +168,15 @@ def _likelihood_sums(
         is_real_B = noisy.is_real_B
         sums = sums + LikelihoodSums.of_rows(loss_BJ[is_real_B], noisy.counts_BL.sum(1)[is_real_B])
     return sums
+
+
+def _add_documents(
+    documents: DocumentSums, noisy: list[NoisyRows], losses_by_draw: list[list[LossSum]], stream: RowStream
+) -> None:
+    for index, part in enumerate(noisy):
+        place = torch.where(part.is_real_B, part.position_B, 0).numpy()
+        numbers = torch.from_numpy(stream.held_out_documents(place))
+        documents.add(part, [losses[index] for losses in losses_by_draw], numbers)
 
 
 def _reduce(engine: Engine, sums: LikelihoodSums, moments: CountMoments, stream: RowStream) -> Validation:

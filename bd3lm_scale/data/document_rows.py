@@ -140,6 +140,7 @@ class DocumentRows:
 
     Attributes:
         document_starts: of a shard by number.
+        documents_before: int64 (S + 1,), documents that start in earlier shards.
         tokens_per_shard: int64 (S,).
         length: L.
         block_size: pieces begin at multiples of it.
@@ -148,6 +149,7 @@ class DocumentRows:
     """
 
     document_starts: Callable[[int], np.ndarray]
+    documents_before: np.ndarray
     tokens_per_shard: np.ndarray
     length: int
     block_size: int
@@ -195,6 +197,17 @@ class DocumentRows:
             place = owner * self.length + plan.place[piece]
             found.append(np.stack([shard[owner], plan.start[piece], place, plan.length[piece]]))
         return np.concatenate(found, axis=1) if found else np.zeros((4, 0), np.int64)
+
+    def documents(self, shard: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(which of the rows, number of the document in the dataset) of each piece, in the order of their places."""
+        owners, numbers = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for owner, plan, piece in self._pieces(shard, epoch, row):
+            number = int(shard[owner[0]])
+            # what stands before a shard's first start goes on from the shard before
+            inner = np.searchsorted(self.document_starts(number), plan.start[piece], side="right") - 1
+            owners.append(owner)
+            numbers.append(np.maximum(0, self.documents_before[number] + inner))
+        return np.concatenate(owners), np.concatenate(numbers)
 
     def num_targets(self, shard: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> np.ndarray:
         """int64 (n, 2): tokens of each row, and how many of them begin a piece."""

@@ -125,6 +125,31 @@ class ShardSource:
         return out
 
     @property
+    def num_documents(self) -> int:
+        """Documents of the split, dataset after dataset."""
+        return sum(d.manifest.num_documents for d in self._datasets)
+
+    def document_numbers(self, sample_index: np.ndarray) -> np.ndarray:
+        """Which of them the documents of each packed row are, int64 (n, K), filled up with -1."""
+        source, shard, row, inner = self._locate(sample_index)
+        before = np.cumsum([0, *(d.manifest.num_documents for d in self._datasets)])
+        parts = []
+        for number in np.unique(source):
+            dataset, chosen = self._datasets[number], np.flatnonzero(source == number)
+            assert dataset.packed is not None, "only packed rows have a layout"
+            owner, document = dataset.packed.documents(
+                shard[chosen], inner[chosen] // dataset.order.num_rows, row[chosen]
+            )
+            parts.append((chosen[owner], document + before[number]))
+        owner, document = (np.concatenate(found) for found in zip(*parts, strict=True))
+        order = np.argsort(owner, kind="stable")
+        owner, document = owner[order], document[order]
+        place = np.arange(len(owner)) - np.searchsorted(owner, owner)
+        out = np.full((len(source), int(place.max()) + 1), -1, np.int64)
+        out[owner, place] = document
+        return out
+
+    @property
     def padding_share(self) -> float:
         """Share of the positions of packed rows that is padding; 0 for a stream."""
         tokens = sum(d.manifest.num_tokens for d in self._datasets)
@@ -263,7 +288,10 @@ def _documents(source: ShardSource, path: str, reader: ShardReader, number: int)
         raise ConfigError([reason], source="the data")
     tokens = np.array([shard.num_tokens for shard in reader.manifest.shards], np.int64)
     seed = source.seed if source.split == "train" else None
-    packed = DocumentRows(reader.document_starts, tokens, source.config.context_length, source.block_size, seed, number)
+    documents = np.cumsum([0, *(shard.num_documents for shard in reader.manifest.shards)])
+    packed = DocumentRows(
+        reader.document_starts, documents, tokens, source.config.context_length, source.block_size, seed, number
+    )
     try:
         _ = packed.rows_per_shard
     except BadShardError as problem:

@@ -44,6 +44,15 @@ class Source(Protocol):
         ...
 
     @property
+    def num_documents(self) -> int:
+        """Documents of the split; 0 where that is not known."""
+        ...
+
+    def document_numbers(self, sample_index: np.ndarray) -> np.ndarray:
+        """Which of them the documents of each packed row are, int64 (n, K), filled up with -1."""
+        ...
+
+    @property
     def padding_share(self) -> float:
         """Share of all positions that is padding."""
         ...

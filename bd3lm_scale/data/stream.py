@@ -81,12 +81,25 @@ class RowStream:
         """`layout` of validation rows at places in the order of evaluation."""
         return self.layout(self.source.by_weight(position))
 
+    @property
+    def num_documents(self) -> int:
+        """Documents of the split, of all datasets together."""
+        return self.source.num_documents
+
+    def held_out_documents(self, position: np.ndarray) -> np.ndarray:
+        """Numbers in the split of the documents of packed validation rows, int64 (n, K), filled up with -1."""
+        return self.source.document_numbers(self.source.by_weight(position))
+
     def targets(self, sample_index: np.ndarray) -> Targets | None:
         """Of all these rows together; None where every token is one."""
         if not self.source.has_layout:
             return None
         tokens, first = self.source.num_targets(sample_index).sum(axis=0).tolist()
         return Targets(tokens, first)
+
+    def held_out_targets(self, num_rows: int) -> Targets | None:
+        """Of the first validation rows in the order of evaluation."""
+        return self.targets(self.source.by_weight(np.arange(num_rows)))
 
     def without(self, excluded: tuple[str, ...]) -> "RowStream":
         """The same stream going without these shards (and only these)."""

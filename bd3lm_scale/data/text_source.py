@@ -42,7 +42,7 @@ class TextSource:
         self.seed = seed
         self.split = split
         self.excluded: tuple[str, ...] = ()
-        self.has_layout, self.block_size, self.padding_share = False, 1, 0.0
+        self.has_layout, self.block_size, self.padding_share, self.num_documents = False, 1, 0.0, 0
         self._tokenizer = load_tokenizer(config.tokenizer)
         self.tokenizer = identity_of(self._tokenizer)
         self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
@@ -86,6 +86,10 @@ class TextSource:
         raise ValueError("data.stream_text (true): its rows are a stream; use data.packing=stream")
 
     def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
+        """See `layout`."""
+        raise ValueError("data.stream_text (true): its rows are a stream; use data.packing=stream")
+
+    def document_numbers(self, sample_index: np.ndarray) -> np.ndarray:
         """See `layout`."""
         raise ValueError("data.stream_text (true): its rows are a stream; use data.packing=stream")
 

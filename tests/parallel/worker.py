@@ -75,6 +75,13 @@ class RandomStream:
             document[row, start : start + second] = 1
         return {"document_BL": document, "is_target_BL": document >= 0}
 
+    @property
+    def num_documents(self) -> int:
+        return 2 * self.num_rows
+
+    def held_out_documents(self, index: np.ndarray) -> np.ndarray:
+        return 2 * index[:, None] + np.arange(2)
+
 
 def stream_of(config: RunConfig) -> RandomStream:
     packed = config.data.packing == "documents"
