@@ -72,13 +72,7 @@ def pack_documents(document_starts: np.ndarray, num_tokens: int, length: int, bl
         block_size: pieces begin at multiples of it.
         key: decides which of equally long pieces go together, and the order of the rows.
     """
-    edges = np.unique(np.concatenate([[0], document_starts, [num_tokens]]))
-    whole = np.diff(edges)
-    count = -(-whole // length)
-    inner = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    start = np.repeat(edges[:-1], count) + inner * length
-    size = np.minimum(length, np.repeat(edges[1:], count) - start)
-
+    start, size = _cut(document_starts, num_tokens, length)
     shuffled = permute(np.arange(len(size)), len(size), key)
     order = shuffled[np.argsort(-(-(-size // block_size))[shuffled], kind="stable")]
     row, slot, num_rows = _best_fit(-(-size[order] // block_size), length // block_size)
@@ -87,6 +81,21 @@ def pack_documents(document_starts: np.ndarray, num_tokens: int, length: int, bl
     order = order[by_row]
     first = np.searchsorted(row[by_row], np.arange(num_rows + 1))
     return ShardRows(first, start[order], size[order], slot[by_row] * block_size)
+
+
+def count_rows(document_starts: np.ndarray, num_tokens: int, length: int, block_size: int) -> int:
+    """How many rows `pack_documents` makes, under every key."""
+    _, size = _cut(document_starts, num_tokens, length)
+    return _best_fit(np.sort(-(-size // block_size))[::-1], length // block_size)[2]
+
+
+def _cut(document_starts: np.ndarray, num_tokens: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """First token and number of tokens of each piece."""
+    edges = np.unique(np.concatenate([[0], document_starts, [num_tokens]]))
+    count = -(-np.diff(edges) // length)
+    inner = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    start = np.repeat(edges[:-1], count) + inner * length
+    return start, np.minimum(length, np.repeat(edges[1:], count) - start)
 
 
 def _best_fit(size: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -98,9 +107,10 @@ def _best_fit(size: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, 
     free: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # bins by the room they have
     room = np.zeros(capacity + 1, np.int64)
     num_rows = done = 0
+    rising = -size
     while done < len(size):
         wanted = int(size[done])
-        end = int(np.searchsorted(-size, -wanted, side="right"))
+        end = int(np.searchsorted(rising, -wanted, side="right"))
         while done < end:
             best = wanted + int(np.argmax(room[wanted:] > 0))
             if not room[best]:
@@ -160,7 +170,11 @@ class DocumentRows:
     @cached_property
     def rows_per_shard(self) -> np.ndarray:
         """int64 (S,), the same in every epoch."""
-        return np.array([len(self.plan(shard, 0).first) - 1 for shard in range(len(self.tokens_per_shard))], np.int64)
+        counts = [
+            count_rows(self.document_starts(shard), int(tokens), self.length, self.block_size)
+            for shard, tokens in enumerate(self.tokens_per_shard)
+        ]
+        return np.array(counts, np.int64)
 
     def plan(self, shard: int, epoch: int) -> ShardRows:
         """The rows of a shard in an epoch (validation: in every one)."""
