@@ -27,6 +27,8 @@ class DenoiserConfig(TransformerConfig):
     restart_positions: bool = True
     scores_noisy_half_only: bool = False
     """The last layer's clean rows serve as keys and values only; skip the rest of their work (exact)."""
+    shift_targets: bool = False
+    """Predictions are read one position before their token."""
 
     @property
     def cond_dim(self) -> int:
@@ -116,6 +118,7 @@ def make_transformer_config(
         attention_backend=model.attention,
         restart_positions=config.data.restart_positions,
         scores_noisy_half_only=config.scores_noisy_half_only,
+        shift_targets=config.diffusion.shift_targets,
         **recompute,
     )
 
