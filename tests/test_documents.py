@@ -85,15 +85,18 @@ def losses_by_document(engine, noisy, loss_scale=1.0):
 
 
 PATHS = [
-    *(("bd3lm", size, backend) for size in (1, 4, 16, LENGTH) for backend in ("dense", "chunked")),
-    *((objective, 4, backend) for objective in ("mdlm", "ar", "sedd") for backend in ("dense", "chunked")),
+    *(("bd3lm", size, backend, ()) for size in (1, 4, 16, LENGTH) for backend in ("dense", "chunked")),
+    *((objective, 4, backend, ()) for objective in ("mdlm", "ar", "sedd") for backend in ("dense", "chunked")),
+    ("bd3lm", 4, "chunked", ("diffusion.shift_targets=true",)),
+    ("mdlm", 4, "chunked", ("diffusion.shift_targets=true",)),
+    ("bd3lm", 4, "chunked", ("data.restart_positions=false",)),
 ]
 
 
-@pytest.mark.parametrize(("objective", "block_size", "backend"), PATHS)
-def test_a_document_has_the_loss_and_the_gradient_that_it_has_alone(objective, block_size, backend):
+@pytest.mark.parametrize(("objective", "block_size", "backend", "more"), PATHS)
+def test_a_document_has_the_loss_and_the_gradient_that_it_has_alone(objective, block_size, backend, more):
     engine = engine_for(
-        f"diffusion.objective={objective}", f"diffusion.block_size={block_size}", f"model.attention={backend}"
+        f"diffusion.objective={objective}", f"diffusion.block_size={block_size}", f"model.attention={backend}", *more
     )
     lengths = list(enumerate(LONG if block_size < LENGTH or objective != "bd3lm" else (150,)))
     packed, sums = losses_by_document(engine, noised(engine, block_size, [lengths, [(9, LENGTH)]]))

@@ -212,3 +212,6 @@ def test_what_cannot_be_packed_is_refused_by_name(tmp_path, tokenizer_path):
     found = "\n".join(problems(load_config(ROOT / "configs" / "demo.yaml", overrides)))
     assert "data.wrap_rows (true): wraps rows of a stream" in found
     assert "data.packing (documents): text tokenized on the fly is a stream" in found
+    schedule = "diffusion.block_size_schedule=[{block_size: 3, steps: 10}]"
+    found = "\n".join(problems(load_config(ROOT / "configs" / "demo.yaml", [*overrides, schedule])))
+    assert "documents begin at multiples of diffusion.block_size 4, inside blocks of 3 of the schedule" in found
