@@ -156,7 +156,8 @@ def read_rows(position: np.ndarray, num_rows: int, stream: RowStream) -> Rows:
     is_real = position < num_rows
     place = np.where(is_real, position, 0)
     tokens, layout = stream.read_held_out(place), stream.held_out_layout(place)
-    return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real), **layout)
+    plain = Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real))
+    return replace(plain, document_BL=layout.get("document_BL"), is_target_BL=layout.get("is_target_BL"))
 
 
 def _likelihood_sums(

@@ -173,7 +173,7 @@ def _assemble(
     count_BN = is_masked_BL.reshape(*time_BN.shape, process.block_size).sum(dim=2)
     counts_BL = is_real_B1.expand_as(clean_BL).clone()
     first = (slice(None), 0) if rows.document_BL is None else document_starts(rows.document_BL)
-    if rows.document_BL is not None and process.objective == "bd3lm":
+    if isinstance(first, Tensor) and process.objective == "bd3lm":
         _refuse_documents_inside_blocks(first, process)
     if rows.is_target_BL is not None:
         is_masked_BL &= rows.is_target_BL

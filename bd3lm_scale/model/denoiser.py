@@ -166,7 +166,8 @@ class Denoiser(MegatronModule):
         start_BL = F.pad(is_first_BL, (1, 0)) * position_L
         position_BL = position_L - start_BL.cummax(dim=1).values
         views = position_BL.T[torch.arange(self.config.sequence_length) % self.config.context_length]
-        return self.training_rotary[views.to(self.training_rotary.device), 0]
+        angles = self.get_buffer("training_rotary")
+        return angles[views.to(angles.device), 0]
 
     def holds(self, parameter: Parameter) -> bool:
         """Whether a parameter of the table belongs to this chunk."""

@@ -116,8 +116,10 @@ class DiTLayer(TransformerLayer):
         and what decoding brings: the cache of each layer.
         """
         dtype = self.config.params_dtype
+        seen: Any = attention_mask
         is_training = attention_mask is None or isinstance(attention_mask, Tensor)
-        seen: Any = attention_mask if is_training else attention_mask[self.layer_number - 1]
+        if not is_training:
+            seen = seen[self.layer_number - 1]
         x = hidden_states
         if context is None:
             shift_a = scale_a = shift_m = scale_m = torch.zeros((), device=x.device)

@@ -114,10 +114,10 @@ def flex_block_mask(rows: Sequence[Visibility], num_queries: int, tile: int, dev
     seen = [_seen_in_part_and_whole(row, num_queries, num_keys, tile) for row in rows]
     partly, whole = [some for some, _ in seen], [every for _, every in seen]
     # the rows end to end: one rule for all of them
-    there = Visibility(
-        *(torch.cat([getattr(row, name) for row in rows]).to(device) for name in ("view_P", "segment_P", "block_P")),
-        rows[0].block_size,
+    view, segment, block = (
+        torch.cat([getattr(row, name) for row in rows]).to(device) for name in ("view_P", "segment_P", "block_P")
     )
+    there = Visibility(view, segment, block, rows[0].block_size)
 
     def seen_in_row(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return there.may_see(b * num_keys + q, b * num_keys + k)

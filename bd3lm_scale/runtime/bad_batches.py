@@ -25,7 +25,7 @@ def dump_batch(
     documents = [part.document_BL.cpu().numpy() for part in rows if part.document_BL is not None]
     np.savez_compressed(
         path,
-        **({"document": np.concatenate(documents)} if documents else {}),
+        document=np.concatenate(documents) if documents else np.zeros((0, 0), np.int64),
         tokens=np.concatenate([part.tokens_BL.cpu().numpy() for part in rows]),
         position=np.concatenate([part.position_B.cpu().numpy() for part in rows]),
         is_real=np.concatenate([part.is_real_B.cpu().numpy() for part in rows]),

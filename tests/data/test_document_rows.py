@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3lm_scale.config.checks import problems
 from bd3lm_scale.config.load import load_config
 from bd3lm_scale.config.schema import DataConfig, MixtureSource
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
@@ -209,9 +208,15 @@ def test_what_cannot_be_packed_is_refused_by_name(tmp_path, tokenizer_path):
     with pytest.raises(ConfigError, match=r"data\.packing \(documents\): pipe:.* is remote.*use data\.packing=stream"):
         open_stream(remote, 1, block_size=BLOCK)
     overrides = ["run_dir=x", "data.path=x", "data.packing=documents", "data.wrap_rows=true", "data.stream_text=true"]
-    found = "\n".join(problems(load_config(ROOT / "configs" / "demo.yaml", overrides)))
+    found = refusal(*overrides)
     assert "data.wrap_rows (true): wraps rows of a stream" in found
     assert "data.packing (documents): text tokenized on the fly is a stream" in found
     schedule = "diffusion.block_size_schedule=[{block_size: 3, steps: 10}]"
-    found = "\n".join(problems(load_config(ROOT / "configs" / "demo.yaml", [*overrides, schedule])))
-    assert "documents begin at multiples of diffusion.block_size 4, inside blocks of 3 of the schedule" in found
+    wanted = "documents begin at multiples of diffusion.block_size 4, inside blocks of 3 of the schedule"
+    assert wanted in refusal("run_dir=x", "data.packing=documents", "data.context_length=48", schedule)
+
+
+def refusal(*overrides):
+    with pytest.raises(ConfigError) as refused:
+        load_config(ROOT / "configs" / "demo.yaml", list(overrides))
+    return str(refused.value)

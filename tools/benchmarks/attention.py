@@ -71,7 +71,7 @@ def packed(visibility: Visibility, block_size: int, backend: str, qkv: list[Tens
     )
 
     def once() -> None:
-        out = pattern.attend_documents(*qkv, 2 * length, documents)
+        out = pattern.attend_documents(*qkv, num_queries=2 * length, document_BL=documents)
         out.backward(torch.ones_like(out))
 
     def stream() -> None:
