@@ -157,15 +157,16 @@ class BatchReader:
         ]
 
     def _lay_out(self, batch: list[Rows], step: int) -> list[Rows]:
-        """The same with the documents of each row, and the targets of the whole global batch."""
+        """The same with what the positions of each row are, and the targets of the whole global batch."""
         real = torch.from_numpy(self._is_real_MB)
         first = self._cursor.data_offset + step * self.plan.global_batch_size
         targets = self._stream.targets(np.arange(first, first + self.plan.global_batch_size))
-        document = torch.full((*real.shape, self._stream.source.config.context_length), PADDING)
-        is_target = torch.zeros_like(document, dtype=torch.bool)
-        layout = self._stream.layout(self._index(step))
-        document[real], is_target[real] = layout["document_BL"], layout["is_target_BL"]
+        fields = {}
+        for name, found_BL in self._stream.layout(self._index(step)).items():
+            fill = False if found_BL.dtype == torch.bool else PADDING
+            fields[name] = torch.full((*real.shape, found_BL.shape[1]), fill, dtype=found_BL.dtype)
+            fields[name][real] = found_BL
         return [
-            dataclasses.replace(rows, document_BL=document[m], is_target_BL=is_target[m], targets=targets)
+            dataclasses.replace(rows, targets=targets, **{name: whole[m] for name, whole in fields.items()})
             for m, rows in enumerate(batch)
         ]

@@ -12,25 +12,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
 from bd3lm_scale.rng import derive_key, permute
 
 _KEPT_PLANS = 128
-
-
-class RowLayout(NamedTuple):
-    """What the positions of rows are.
-
-    Attributes:
-        document: int32 (n, L), number of the position's document in its row; -1: padding.
-        is_target: bool (n, L), tokens to be predicted.
-    """
-
-    document: np.ndarray
-    is_target: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +178,8 @@ class DocumentRows:
                 self._plans.popitem(last=False)
         return self._plans[shard, epoch]
 
-    def layout(self, shard: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> RowLayout:
-        """What the positions of rows (n,) are."""
+    def layout(self, shard: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Number of each position's document in its row, int32 (n, L); -1: padding."""
         document = np.full((len(row), self.length), -1, np.int32)
         flat = document.reshape(-1)
         for owner, plan, piece in self._pieces(shard, epoch, row):
@@ -202,7 +189,7 @@ class DocumentRows:
             is_new = np.append(True, owner[1:] != owner[:-1])
             number = np.arange(len(owner)) - np.maximum.accumulate(np.where(is_new, np.arange(len(owner)), 0))
             flat[place] = np.repeat(number, size)
-        return RowLayout(document, document >= 0)
+        return document
 
     def runs(self, shard: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> np.ndarray:
         """Of each piece: shard, first token there, place among the rows laid end to end, length; int64 (4, pieces)."""

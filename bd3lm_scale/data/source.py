@@ -5,9 +5,9 @@ from typing import Protocol
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
-from bd3lm_scale.data.document_rows import RowLayout
 from bd3lm_scale.data.shard_source import ShardSource
 from bd3lm_scale.data.shards import TokenizerIdentity
+from bd3lm_scale.data.targets import RowLayout
 from bd3lm_scale.data.text_source import TextSource
 
 
@@ -21,8 +21,10 @@ class Source(Protocol):
     num_rows: int
     dtype: np.dtype
     tokenizer: TokenizerIdentity
+    tokenizer_home: str
+    """The dataset folder whose tokenizer is the run's."""
     has_layout: bool
-    """Whether rows have documents or tokens that are no targets; without, every row is one text to be predicted."""
+    """Whether rows hold documents or tokens that are no targets; without, every row is one text to be predicted."""
     block_size: int
     """What documents begin at multiples of."""
 
@@ -64,6 +66,10 @@ class Source(Protocol):
 
     def by_weight(self, position: np.ndarray) -> np.ndarray:
         """The row (n,) at each place of an order whose first N places hold a mixture's datasets by weight."""
+        ...
+
+    def dataset_of(self, sample_index: np.ndarray) -> np.ndarray:
+        """Number of the dataset, in a mixture's order, that each row (n,) comes from."""
         ...
 
     def shard_of(self, sample_index: int) -> str:

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
-from bd3lm_scale.data.document_rows import RowLayout
 from bd3lm_scale.data.documents import BY_NAME, BadRecordError, read_records, record_text
 from bd3lm_scale.data.inputs import find_inputs
 from bd3lm_scale.data.shard_source import row_payload, wrap_rows
 from bd3lm_scale.data.shards import token_dtype
+from bd3lm_scale.data.targets import RowLayout
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
 from bd3lm_scale.rng import derive_key, permute
 
@@ -42,7 +42,8 @@ class TextSource:
         self.seed = seed
         self.split = split
         self.excluded: tuple[str, ...] = ()
-        self.has_layout, self.block_size, self.padding_share, self.num_documents = False, 1, 0.0, 0
+        self.has_layout, self.tokenizer_home = False, config.path
+        self.block_size, self.padding_share, self.num_documents = 1, 0.0, 0
         self._tokenizer = load_tokenizer(config.tokenizer)
         self.tokenizer = identity_of(self._tokenizer)
         self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
@@ -101,6 +102,10 @@ class TextSource:
     def by_weight(self, position: np.ndarray) -> np.ndarray:
         """The rows as they are."""
         return position
+
+    def dataset_of(self, sample_index: np.ndarray) -> np.ndarray:
+        """All text is one dataset."""
+        return np.zeros_like(sample_index)
 
     def shard_of(self, sample_index: int) -> str:
         """The text as a whole: rows do not know where they come from."""
