@@ -34,7 +34,7 @@ class BadShardError(RuntimeError):
 
 
 class NoShardLeftError(BadShardError):
-    """Every training shard of a dataset is left out as damaged."""
+    """Every shard of one split of a dataset is left out as damaged."""
 
     def __init__(self, path: str, names: Sequence[str]):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -34,7 +34,7 @@ snapshot() {
   if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -d "$folder" ]; then
     rm -rf "$folder" "$folder.new"
     mkdir -p "$folder.new"
-    cp -r "$ROOT/bd3lm_scale" "$ROOT/slurm" "$folder.new/"
+    cp -rp "$ROOT/bd3lm_scale" "$ROOT/slurm" "$folder.new/" # -p: compiled files stay valid
     cp "$1" "$folder.new/config.yaml"
     mv "$folder.new" "$folder"
   fi

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Damaged and hostile files for everything that reads weights, by the thousand, each reproducible by its seed.
+"""Damaged and hostile files for everything that reads weights or text, by the thousand, each reproducible by its seed.
 
-    python tests/fuzz_files.py [--cases 5000] [--seed 1] [--kinds native lightning hf]
+    python tests/fuzz_files.py [--cases 5000] [--seed 1] [--kinds native lightning hf manifests shards servers]
 
-Every case is one file or folder that was right, changed once to three times. It must be accepted, with every tensor
-of the model and its shape, or refused with one message that names the file: no other exception, nothing executed, no
-case longer than MAX_SECONDS or above MAX_BYTES of memory.
+Every case is one file, folder or server that was right, changed once to three times. It must be accepted, with every
+tensor of the model and its shape or every row of the data, or refused with one message: no other exception, nothing
+executed, no case longer than MAX_SECONDS or above MAX_BYTES of memory.
 """
 
 import argparse
@@ -36,8 +36,9 @@ from bd3lm_scale.checkpoint.manifest import MANIFEST, _digest
 from bd3lm_scale.checkpoint.names import table
 from bd3lm_scale.checkpoint.reader import open_checkpoint
 from bd3lm_scale.checkpoint.write import write_weights
-from bd3lm_scale.errors import CheckpointError
+from bd3lm_scale.errors import BadShardError, CheckpointError
 from tests.checkpoint.test_conversion_lightning import SIZES, Attack, QuietAttack, checkpoint
+from tests.fuzz_data import Manifests, Servers, Shards, change_bytes
 
 MAX_SECONDS = 20.0
 MAX_BYTES = 6 << 30
@@ -73,25 +74,6 @@ def as_json(value: Any) -> str:
         return json.dumps(value)
     except RecursionError:
         return "[" * 100_000
-
-
-def change_bytes(path: Path, draw: random.Random) -> None:
-    """Flip bits, cut off, fill, or append."""
-    data = bytearray(path.read_bytes())
-    how = draw.randrange(5)
-    if how == 0 and data:
-        for _ in range(draw.choice([1, 1, 8, 200])):
-            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    elif how == 1:
-        del data[draw.randrange(len(data) + 1) :]
-    elif how == 2 and data:
-        start = draw.randrange(len(data))
-        data[start : start + draw.choice([1, 8, 512])] = draw.choice([b"\0", b"\xff"]) * draw.choice([1, 8, 512])
-    elif how == 3:
-        data[draw.choice([0, len(data)]) : 0] = draw.randbytes(draw.choice([1, 8, 100]))
-    else:
-        data[: min(300, len(data))] = bytes(b ^ (draw.random() < 0.02) for b in data[:300])
-    path.write_bytes(bytes(data))
 
 
 def change_tree(tree: Any, draw: random.Random, value: Callable[[random.Random], Any]) -> None:
@@ -303,7 +285,14 @@ class Native:
         return len(self.tensors)
 
 
-KINDS = {"native": Native, "lightning": Lightning, "hf": HuggingFace}
+KINDS = {
+    "native": Native,
+    "lightning": Lightning,
+    "hf": HuggingFace,
+    "manifests": Manifests,
+    "shards": Shards,
+    "servers": Servers,
+}
 
 
 def fuzz(kind: str, seed: int, cases: int, folder: Path) -> Counter:
@@ -316,13 +305,13 @@ def fuzz(kind: str, seed: int, cases: int, folder: Path) -> Counter:
         started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             count = read()
-        except (ValueError, CheckpointError) as error:
+        except (ValueError, CheckpointError, BadShardError) as error:
             outcomes["refused" if str(error).strip() else "refused without a reason"] += 1
         except Exception as error:
             raise AssertionError(f"{name}: {type(error).__name__}: {str(error)[:500]}") from error
         else:
             if kind != "native":
-                assert count == subject.expected(), f"{name}: {count} tensors"
+                assert count == subject.expected(), f"{name}: {count} instead of {subject.expected()}"
             outcomes["accepted"] += 1
         used = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         assert not subject.trap.exists(), f"{name}: code in the file was executed"

@@ -141,9 +141,9 @@ def soak(minutes: float, seed: int, folder: Path) -> int:
     data = make_data(folder)
     with Cluster(folder / "cluster", 4, slurmd_timeout=10) as cluster:
         options = {"options": ("--time=UNLIMITED",), "nodes": "2"}
-        run = Soak(
-            cluster, Job(cluster, folder, data, "faults", *SETTINGS, faults=SLOWLY, **options), random.Random(seed)
-        )
+        disturbed = Job(cluster, folder, data, "faults", *SETTINGS, faults=SLOWLY, **options)
+        straight = Job(cluster, folder, data, "straight", *SETTINGS, **options)  # now: both copy the code as it is
+        run = Soak(cluster, disturbed, random.Random(seed))
         run.job.submit(MAX_FAILURES="20")
         wait_for_progress(run, 5)
         until = time.monotonic() + 60 * minutes
@@ -161,7 +161,7 @@ def soak(minutes: float, seed: int, folder: Path) -> int:
         steps = furthest(run.job)
         repeated = len(run.job.every_line) - steps
         cluster.repair()
-        straight = Job(cluster, folder, data, "straight", *SETTINGS, f"train.steps={steps}", **options)
+        straight.arguments.append(f"train.steps={steps}")
         straight.submit()
         cluster.wait(straight.number, 60 + steps)
         compare(run.job.run_dir, straight.run_dir, steps)

@@ -106,8 +106,12 @@ def test_light_packages_load_no_engine():
 
 
 def test_the_commands_import_without_a_word():
-    """Libraries that are off on purpose are not the user's business."""
-    code = "import bd3lm_scale.train, bd3lm_scale.sample, bd3lm_scale.evaluate"
+    """Libraries that are off on purpose are not the user's business; wandb costs a tenth of a rank's start."""
+    code = (
+        "import sys, bd3lm_scale.train, bd3lm_scale.sample, bd3lm_scale.evaluate\n"
+        "assert 'wandb' not in sys.modules\n"
+        "import wandb\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

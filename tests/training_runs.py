@@ -79,7 +79,7 @@ class Job:
     @property
     def pids(self) -> list[int]:
         """Process id of each rank, once it is there."""
-        return [int(wait_for(lambda p=p: _read(p.with_name(p.name + ".pid")), 30)) for p in self.logs]
+        return [int(wait_for(lambda p=p: _read(p.with_name(p.name + ".pid")), 120)) for p in self.logs]
 
     @property
     def codes(self) -> list[int | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.cache import CacheFullError, FileCache, default_folder
 from bd3lm_scale.data.shard_list import ShardEntry
-from bd3lm_scale.data.storage import DamagedError, is_remote, join, transfer
+from bd3lm_scale.data.storage import DamagedError, is_remote, join, open_file, transfer
 
 _log = logging.getLogger(__name__)
 _FETCH_THREADS = 4
@@ -34,7 +34,7 @@ class LocalFiles:
 
     def open(self, shard: ShardEntry) -> int:
         """File descriptor of the shard. OSError or DamagedError."""
-        return os.open(os.path.join(self.where, shard.name), os.O_RDONLY)
+        return open_file(os.path.join(self.where, shard.name))
 
     def discard(self, shard: ShardEntry) -> bool:
         """Forget a damaged copy; whether opening the shard again may give a better one."""

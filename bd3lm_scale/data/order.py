@@ -35,7 +35,7 @@ class RowOrder:
         seed: the run's seed.
         window: shards whose rows are permuted together.
         source: number of the dataset in a mixture, 0 alone.
-        excluded: numbers of damaged shards; their rows are replaced, no other row moves.
+        excluded: numbers of damaged shards, never all that have rows; their rows are replaced, no other row moves.
     """
 
     rows_per_shard: np.ndarray
@@ -105,8 +105,6 @@ class RowOrder:
         """
         row_start = np.concatenate([[0], np.cumsum(self.rows_per_shard)])
         excluded = np.array(sorted(self.excluded))
-        if row_start[-1] == self.rows_per_shard[excluded].sum():
-            raise ValueError("data: every shard is excluded as damaged; restore the shards")
         base = np.uint64(derive_key(self.seed, "substitute", self.source) & _MASK64)
         bad = np.isin(shard, excluded)
         for attempt in range(_MAX_SUBSTITUTION_ROUNDS):

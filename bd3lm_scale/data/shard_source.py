@@ -297,11 +297,8 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
         )
     names = [name.removeprefix(prefix) for name in source.excluded if name.startswith(prefix)]
     damaged = frozenset(shards.find(names))
-    if split == "train" and damaged and not np.delete(rows, sorted(damaged)).any():
+    if damaged and not np.delete(rows, sorted(damaged)).any():
         raise NoShardLeftError(path, [prefix + shards.entry(i).name for i in sorted(damaged)])
-    if len(damaged) == len(shards):
-        reason = f"data.path ({path}): every shard is excluded as damaged; restore the {split} shards"
-        raise ConfigError([reason], source="the data")
     order = RowOrder(rows, source.seed, config.shuffle_window, number, damaged)
     return _Dataset(manifest, shards, reader, order, packed)
 

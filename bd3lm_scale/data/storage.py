@@ -7,8 +7,10 @@ A remote folder is a URL; a pipe is a command with {} where the path below the f
 import errno
 import io
 import logging
+import os
 import random
 import shlex
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +19,8 @@ from typing import TypeVar
 from bd3lm_scale.data.http import DamagedError, TransferError, from_http
 
 __all__ = [
-    "BlockFile", "DamagedError", "TransferError", "is_remote", "join", "open_sequential", "read_text", "retrying",
-    "transfer",
+    "BlockFile", "DamagedError", "TransferError", "is_remote", "join", "open_file", "open_sequential", "read_text",
+    "retrying", "transfer",
 ]  # fmt: skip
 
 Result = TypeVar("Result")
@@ -31,7 +33,7 @@ _GOOD_PROGRESS = 1 << 20
 LARGEST_SMALL_FILE = 1 << 30
 """Manifests and tokenizers are smaller."""
 # asking again cannot help against these
-_LASTING_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC}
+_LASTING_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC, errno.EINVAL}
 _log = logging.getLogger(__name__)
 
 
@@ -75,12 +77,22 @@ def _is_lasting(problem: OSError) -> bool:
     return problem.is_lasting if isinstance(problem, TransferError) else problem.errno in _LASTING_ERRORS
 
 
+def open_file(path: str) -> int:
+    """File descriptor of a local file. OSError, also for a folder, a pipe or a device, whose bytes might never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not wait for its writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", path)
+    return descriptor
+
+
 def read_text(address: str, retries: int, timeout: float) -> str:
     """A small text file, local or remote. FileNotFoundError or a lasting TransferError when there is none."""
 
     def action() -> str:
         if not is_remote(address):
-            return Path(address).read_text(encoding="utf-8")
+            with open(open_file(address), encoding="utf-8") as file:
+                return file.read()
         received = bytearray()
         for block in _open(address, 0, timeout)[1]:
             received += block

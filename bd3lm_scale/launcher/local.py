@@ -90,9 +90,9 @@ class LocalRanks:
         self._processes = []
         self._first_rank = first_rank
         for local_rank in range(self.ranks_per_node):
-            place = {"RANK": str(first_rank + local_rank), "LOCAL_RANK": str(local_rank)}
+            position = {"RANK": str(first_rank + local_rank), "LOCAL_RANK": str(local_rank)}
             process = subprocess.Popen(
-                list(command), env=os.environ | job | place, start_new_session=True, preexec_fn=die_with_parent
+                list(command), env=os.environ | job | position, start_new_session=True, preexec_fn=die_with_parent
             )
             self._processes.append(process)
 
@@ -128,7 +128,7 @@ class LocalRanks:
         raise RuntimeError("no scheduler to requeue with")
 
     def dismiss(self, code: int) -> None:
-        """Nobody is left to tell."""
+        """Nothing to do: no other launcher waits for this one."""
 
 
 def die_with_parent() -> None:

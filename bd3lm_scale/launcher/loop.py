@@ -121,7 +121,7 @@ class Launcher:
 
     def _supervise(self) -> int:
         self.memory = History(self.plan.run_dir)  # as its last owner left it
-        # requeues and the elements of an array are one start to the user, who asked once to begin at a place
+        # requeues and the elements of an array are one start to the user, who asked once for --fresh or --checkpoint
         is_continued = bool(number_from_environment("SLURM_RESTART_COUNT")) or "SLURM_ARRAY_JOB_ID" in os.environ
         self.is_under_way = is_continued and self.memory.under_way == job_name()
         self.memory.note_checkpoint(newest_checkpoint_step(self.plan.run_dir))
@@ -192,7 +192,7 @@ class Launcher:
         return end
 
     def _end_of(self, attempt: str, exit: RanksExit, complaint: str, step: int) -> AttemptEnd:
-        """What happened, by the most reliable witness: rank 0's status, the watchdog's finding, then exit codes."""
+        """What happened, by the most reliable source: rank 0's status, the watchdog's finding, then exit codes."""
         label, status = label_of(attempt), read_status(self.plan.run_dir, attempt)
         step = max(step, int(status.get("step", 0)), last_logged_step(self.plan.run_dir, attempt))
         hang = read_json(self.runtime / "hang.json")
@@ -204,7 +204,7 @@ class Launcher:
             return AttemptEnd(ExitCode.HANG, str(hang.get("text")), label, step, by_user=by_user)
         if complaint:
             return AttemptEnd(ExitCode.HANG, complaint, label, step, by_user=by_user)
-        # rank 0 often reports only that its peer is gone: the first rank to fall is the better witness
+        # rank 0 often reports only that another rank is gone: the first rank that ended says more
         reasons = [text for text in (exit.who, str(status.get("reason", ""))) if text]
         reason = "; ".join(reasons) or "ended without a message"
         return AttemptEnd(exit.code or ExitCode.FAILED, reason, label, step, by_user=by_user)
@@ -230,11 +230,11 @@ class Launcher:
 
     def _finish(self, end: AttemptEnd, action: Action) -> int:
         if not self.lock.is_held():
-            log.error("%s: leaving without a trace", BY_NEW_OWNER)
+            log.error("%s: ending without writing anything", BY_NEW_OWNER)
             return ExitCode.FENCED
         if action is Action.REQUEUE:
             if self.memory.add_requeue() <= self.plan.limits.max_requeues:
-                # Slurm ends a requeued job with SIGTERM: obey at once instead of waiting for its SIGKILL
+                # Slurm ends a requeued job with SIGTERM: end at once instead of waiting for its SIGKILL
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 return self.ranks.requeue(self.lock.is_held)
             log.error("requeued %d times without a new checkpoint", self.plan.limits.max_requeues)

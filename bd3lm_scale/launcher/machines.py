@@ -4,7 +4,7 @@
     python -m bd3lm_scale.launch --nnodes 2 --node-rank 1 --nproc-per-node 8 -- train CONFIG
 
 The run folder is shared anyway, because of the checkpoints. The leader runs the same restart loop as everywhere; the
-others start and end their ranks as runtime/machines/order.json says, and say in machine_0001.json that they live.
+others start and end their ranks as runtime/machines/order.json says, and count seconds in machine_0001.json.
 A machine that falls silent is left out of the next attempt, one that comes back is taken in.
 """
 
@@ -80,7 +80,7 @@ class LeadingRanks:
         self.own.start_part(attempt, command, 0, world, self.address, port)
 
     def poll(self) -> RanksExit | None:
-        """Done when every machine's ranks are; a machine that falls silent counts as fallen."""
+        """Done when every machine's ranks are; a machine that falls silent counts as failed."""
         if not self._is_ordered:
             self._order(**self._last_order)
         if self._own_exit is None:
@@ -94,11 +94,11 @@ class LeadingRanks:
             if ended is None and self._is_alive(number):
                 running += 1
             elif ended is None:
-                self._fell(RanksExit(ExitCode.FAILED, f"machine {number} ({status.get('node')}) fell silent"))
+                self._failed(RanksExit(ExitCode.FAILED, f"machine {number} ({status.get('node')}) fell silent"))
             elif ended["code"]:
-                self._fell(RanksExit(ended["code"], f"machine {number} ({status.get('node')}), {ended['who']}"))
+                self._failed(RanksExit(ended["code"], f"machine {number} ({status.get('node')}), {ended['who']}"))
         if self._own_exit is not None and self._own_exit.code:
-            self._fell(self._own_exit)
+            self._failed(self._own_exit)
         if self._own_exit is None or running:
             return None
         return self._first_bad or RanksExit(0, "")
@@ -116,7 +116,7 @@ class LeadingRanks:
         """The run is over: let the other launchers end with the same code."""
         self._order(action="end", code=code)
 
-    def _fell(self, ended: RanksExit) -> None:
+    def _failed(self, ended: RanksExit) -> None:
         if self._first_bad is None:
             self._first_bad = ended
             self._order(action="grace")
@@ -145,7 +145,7 @@ class LeadingRanks:
 
 
 class Follower:
-    """Any other machine's launcher: obeys the leader until it says that the run is over."""
+    """Any other machine's launcher: carries out the leader's orders until one says that the run is over."""
 
     def __init__(self, run_dir: Path, number: int, ranks_per_node: int, command: Sequence[str]) -> None:
         self.number = number
@@ -175,7 +175,7 @@ class Follower:
                 if order.get("action") == "end":
                     self.ranks.kill()
                     return int(order["code"])
-                self._obey(order)
+                self._carry_out(order)
             elif self._is_running:
                 log.error("the leader fell silent; ending this machine's ranks")
                 self.ranks.kill()
@@ -187,7 +187,7 @@ class Follower:
             self._beat()
             time.sleep(POLL_SECONDS)
 
-    def _obey(self, order: dict) -> None:
+    def _carry_out(self, order: dict) -> None:
         action, attempt = order.get("action"), order.get("attempt", "")
         if action == "run" and attempt != self.attempt and self.number in order["machines"]:
             first_rank = order["machines"].index(self.number) * self.ranks.ranks_per_node

@@ -37,7 +37,7 @@ RETRY_SECONDS = 3
 REQUEUE_SECONDS = 120
 MAX_REFUSALS = 3
 MAX_FAILED_PROBES = 5
-RANK_FELL = re.compile(
+RANK_FAILED = re.compile(
     r"srun: error: (?P<node>\S+): tasks? (?P<rank>[-\d,]+): "
     r"(?P<how>Exited with exit code (?P<code>\d+)|Killed|.*dumped)"
 )
@@ -106,7 +106,7 @@ class SlurmRanks:
         threading.Thread(target=self._listen, args=(self._srun,), daemon=True).start()
 
     def poll(self) -> RanksExit | None:
-        """The first rank that fell, by srun's messages: srun's exit code is often that of one it ended afterwards."""
+        """The first rank that failed, by srun's messages: srun's exit code is often that of one it ended afterwards."""
         code = None if self._srun is None else self._srun.poll()
         if code is None:
             return None
@@ -118,7 +118,7 @@ class SlurmRanks:
             with contextlib.suppress(OSError):  # the job's output may be on a full disk; srun must not wait for us
                 sys.stderr.write(line)
                 sys.stderr.flush()
-            if self._first_bad is None and (match := RANK_FELL.match(line)):
+            if self._first_bad is None and (match := RANK_FAILED.match(line)):
                 code = int(match["code"]) if match["code"] else -signal.SIGKILL if match["how"] == "Killed" else 1
                 self._first_bad = RanksExit(code, f"rank {match['rank']} on {match['node']}: {describe_code(code)}")
 
@@ -165,7 +165,7 @@ class SlurmRanks:
         return int(ExitCode.STOPPED)
 
     def dismiss(self, code: int) -> None:
-        """Nobody is left to tell."""
+        """Nothing to do: no other launcher waits for this one."""
 
     def _allocation(self) -> list[str] | None:
         """The job's nodes; None when Slurm does not answer."""

@@ -8,10 +8,10 @@ talk to each other; what the host exchanges runs along trees and rings, so a ran
 import hashlib
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -53,10 +53,21 @@ def few_groups() -> Iterator[None]:
         _made.clear()
         _made_under = dist.group.WORLD
     with (
-        mock.patch.object(parallel_state, "create_group", create_group),
-        mock.patch.object(distributed_c10d, "_hash_ranks_to_str", name),
+        _replaced(parallel_state, "create_group", create_group),
+        _replaced(distributed_c10d, "_hash_ranks_to_str", name),
     ):
         yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, function: Callable) -> Iterator[None]:
+    """While the context lasts, `module.name` is `function`; a name that the module does not have is an error."""
+    original = getattr(module, name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
 
 def connect_when_needed() -> None:

@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
     IN_USE = 89
     """Another live job owns the run folder."""
     FENCED = 90
-    """A newer attempt of this run has started; this process was left over and did no harm."""
+    """A newer start or attempt owns the run folder; this process has written nothing since."""
     PREFLIGHT = 91
     """A node failed the checks before the first step; it is named in the log and in runtime/preflight.json."""
     CRASH_LOOP = 92

@@ -2,9 +2,9 @@
 
     BD3LM_FAULTS="kill@step=10:rank=1,hang@save:before_manifest:rank=0,nan@step=7"
 
-Each fault is `action@place[:condition=value...]`. The place is the name given to `point` ("step" when left out).
+Each fault is `action@point[:condition=value...]`. The second word is the name given to `point` ("step" when left out).
 Conditions: `step`, `rank`, `attempt` (e.g. 0.0), `times` (at most so often in one process), `after` (seconds between
-the point and the fault, which then strikes in the middle of whatever runs), `seconds` (of slow). Actions: kill
+the point and the fault, which then happens in the middle of whatever runs), `seconds` (of slow). Actions: kill
 (SIGKILL), hang (sleep for ever), freeze (SIGSTOP), term (SIGTERM), error (raise), slow (sleep once), nan (`point`
 returns True: the caller spoils its figure).
 """
@@ -33,13 +33,13 @@ class Fault:
     """One fault: what happens, at which point, under which conditions."""
 
     action: str
-    place: str
+    at: str
     conditions: dict[str, str] = field(default_factory=dict)
 
-    def strikes(self, place: str, step: int | None) -> bool:
-        """Whether this fault is due at `place` in `step` on this rank and attempt."""
+    def is_due(self, name: str, step: int | None) -> bool:
+        """Whether this fault is due at the point `name` in `step` on this rank and attempt."""
         here = {"step": str(step), "rank": str(current_rank()), "attempt": label_of(current_attempt())}
-        return self.place == place and all(self.conditions.get(key, value) == value for key, value in here.items())
+        return self.at == name and all(self.conditions.get(key, value) == value for key, value in here.items())
 
 
 def parse(text: str) -> tuple[Fault, ...]:
@@ -51,17 +51,17 @@ def parse(text: str) -> tuple[Fault, ...]:
         conditions = dict(word.split("=", 1) for word in words if "=" in word)
         unknown = sorted(set(conditions) - set(CONDITIONS))
         if action not in ACTIONS or unknown:
-            raise ValueError(f"{VARIABLE} ({item}): use {'|'.join(ACTIONS)}@place, conditions {CONDITIONS}")
+            raise ValueError(f"{VARIABLE} ({item}): use {'|'.join(ACTIONS)}@point, conditions {CONDITIONS}")
         faults.append(Fault(action, ":".join(word for word in words if "=" not in word) or "step", conditions))
     return tuple(faults)
 
 
 _last_step: int | None = None
-_struck: Counter[str] = Counter()
+_done: Counter[str] = Counter()
 
 
 def point(name: str, step: int | None = None) -> bool:
-    """A place where a test may order a fault; True when the caller shall spoil its figure with a NaN.
+    """A point at which a test may order a fault; True when the caller shall spoil its figure with a NaN.
 
     `step` is remembered, so that points inside a save need not know it.
     """
@@ -70,10 +70,10 @@ def point(name: str, step: int | None = None) -> bool:
         return False
     global _last_step
     _last_step = _last_step if step is None else step
-    due = [fault for fault in parse(text) if fault.strikes(name, _last_step)]
-    due = [fault for fault in due if _struck[repr(fault)] < float(fault.conditions.get("times", "inf"))]
+    due = [fault for fault in parse(text) if fault.is_due(name, _last_step)]
+    due = [fault for fault in due if _done[repr(fault)] < float(fault.conditions.get("times", "inf"))]
     for fault in due:
-        _struck[repr(fault)] += 1
+        _done[repr(fault)] += 1
         _act(fault)
     return any(fault.action == "nan" for fault in due)
 
@@ -81,14 +81,14 @@ def point(name: str, step: int | None = None) -> bool:
 def _act(fault: Fault) -> None:
     after = float(fault.conditions.get("after", 0))
     if after:
-        threading.Thread(target=lambda: (time.sleep(after), _strike(fault)), daemon=True).start()
+        threading.Thread(target=lambda: (time.sleep(after), _carry_out(fault)), daemon=True).start()
     else:
-        _strike(fault)
+        _carry_out(fault)
 
 
-def _strike(fault: Fault) -> None:
+def _carry_out(fault: Fault) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, f"injected fault: {fault.action}@{fault.place} rank {current_rank()}\n".encode())
+        os.write(2, f"injected fault: {fault.action}@{fault.at} rank {current_rank()}\n".encode())
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.action == "freeze":
@@ -101,4 +101,4 @@ def _strike(fault: Fault) -> None:
         while True:
             time.sleep(60)
     elif fault.action == "error":
-        raise InjectedError(f"injected at {fault.place}")
+        raise InjectedError(f"injected at {fault.at}")

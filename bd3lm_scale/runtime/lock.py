@@ -46,7 +46,7 @@ LOCK_FILE = re.compile(r"lock\.(\d+)")
 START_TICKS_FIELD = 22
 DEAD_STATES = ("Z", "X", "x")
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
-"""What the disk says of a place that will not become writable by trying again."""
+"""Errors after which trying again will not make the folder writable."""
 BEFORE_ONE_FILE = ("launcher.json", "attempt.json")
 """What named the owner in older versions."""
 
@@ -156,7 +156,7 @@ class RunLock:
             return None
         finally:
             mine.unlink(missing_ok=True)
-        if _newest(folder) != (number, path):  # this process slept while others came and went
+        if _newest(folder) != (number, path):  # this process was suspended while others took the lock and gave it back
             path.unlink(missing_ok=True)
             return None
         self.attempt = attempt
@@ -168,8 +168,8 @@ class RunLock:
                 old.unlink(missing_ok=True)
         for name in BEFORE_ONE_FILE:
             (folder / name).unlink(missing_ok=True)
-        for place in (folder, folder / "machines"):
-            remove_leftovers(place)
+        for written in (folder, folder / "machines"):
+            remove_leftovers(written)
         for told in folder.glob("stacks/told_*"):
             told.unlink(missing_ok=True)
         sync_folder(folder)

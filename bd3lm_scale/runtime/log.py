@@ -1,4 +1,4 @@
-"""Logging: rank 0 speaks, every rank warns, run_dir/log.txt remembers."""
+"""Logging: rank 0 logs everything, other ranks warnings; both also in files of the run folder."""
 
 import logging
 import os
@@ -32,9 +32,9 @@ class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%Y-%m-%d %H:%M:%S" if self.full else "%H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
-        place = f"{record.name.removeprefix(ROOT + '.')}: " if self.full else ""
+        module = f"{record.name.removeprefix(ROOT + '.')}: " if self.full else ""
         rank = f"[rank {self.rank}] " if self.rank or self.full else ""
-        text = f"{clock} {rank}{place}{level}{record.getMessage()}"
+        text = f"{clock} {rank}{module}{level}{record.getMessage()}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return text
@@ -49,7 +49,7 @@ class _LogFile(logging.FileHandler):
 
 
 def set_up_logging(run_dir: str | Path | None, rank: int | None = None, verbose: bool = False) -> None:
-    """Send this process's log where it belongs; calling it again replaces what was set up before.
+    """Send this process's log to stderr and its file; calling it again replaces what was set up before.
 
     Without a run folder to stderr only: until the run folder is this job's, another one may be writing there.
     Rank 0: everything to stderr and run_dir/log.txt. Other ranks: warnings to stderr and to a file of their own,

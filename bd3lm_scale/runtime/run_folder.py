@@ -1,4 +1,4 @@
-"""The small files by which a run's processes, its launcher and its user talk; all below run_dir/runtime.
+"""The small files by which a run's processes, its launcher and its user communicate; all below run_dir/runtime.
 
     lock.N            who owns the run folder, and which of its attempts may write (runtime/lock.py)
     status.json       how an attempt ended, by its rank 0: code, reason, step

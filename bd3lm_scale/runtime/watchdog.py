@@ -4,8 +4,8 @@ Each rank writes run_dir/runtime/heartbeat/rank_00003.json from a thread: `progr
 gets on), `alive` (changes as long as the process runs at all), step and phase. Who reads it compares contents by its
 own clock, so neither clock skew nor the time stamps of a network file system matter.
 
-Three lines of defence: the thread (stacks, diagnosis, exit 87), faulthandler's C timer where a native call holds the
-interpreter lock and the thread cannot run, and the launcher, which watches rank 0's file from outside.
+Three things end a hung rank: the thread (stacks, diagnosis, exit 87), faulthandler's C timer where a native call holds
+the interpreter lock and the thread cannot run, and the launcher, which watches rank 0's file from outside.
 """
 
 import errno
@@ -187,7 +187,7 @@ class Watchdog:
 
     def _tell(self, still_for: float, limit: float) -> None:
         before = read_beats(self.heartbeats.parent, self.attempt)
-        for _ in range(_LOOKS_APART):  # this rank's own heart must go on beating meanwhile
+        for _ in range(_LOOKS_APART):  # this rank must go on writing its own heartbeat meanwhile
             time.sleep(self.interval)
             self._write()
         suspects, text = diagnose(before, read_beats(self.heartbeats.parent, self.attempt))
@@ -269,7 +269,7 @@ def diagnose(before: dict[int, Beat], after: dict[int, Beat]) -> tuple[list[int]
     behind = min((beat.step, beat.progress) for beat in after.values()) if after else (0, 0)
     slowest = [rank for rank, beat in after.items() if (beat.step, beat.progress) == behind]
     if len(slowest) == len(after):
-        return [], f"all ranks stand at the same place ({describe(after, slowest[:1])}); their stacks tell more"
+        return [], f"all ranks are equally far ({describe(after, slowest[:1])}); see their stacks"
     return slowest, f"suspect: {describe(after, slowest)}, the furthest behind"
 
 

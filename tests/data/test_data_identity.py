@@ -82,9 +82,10 @@ def test_a_damaged_validation_shard_is_treated_as_a_training_shard(
         assert all(v["nelbo"] > 0 for v in validations)
 
 
-def test_no_sound_shard_left_is_one_error(tmp_path, tokenizer_path):
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_no_sound_shard_left_is_one_error(tmp_path, tokenizer_path, split):
     folder = offset_set(tmp_path / "set", tokenizer_path, [64, 120])
-    for shard in folder.glob("train/*.tar"):
+    for shard in folder.glob(f"{split}/*.tar"):
         shard.unlink()
     run = tmp_path / "run"
     code = main(
@@ -92,6 +93,6 @@ def test_no_sound_shard_left_is_one_error(tmp_path, tokenizer_path):
     )
     log = (run / "log.txt").read_text()
     assert code == 86
-    assert "every shard is damaged or missing" in log
+    assert f"every shard is damaged or missing ({split}-000000.tar, {split}-000001.tar)" in log
     assert "restore them from their source" in log
     assert "Traceback" not in log

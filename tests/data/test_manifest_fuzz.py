@@ -12,46 +12,9 @@ from bd3lm_scale.data.shards import manifest_from_json, manifest_to_json
 from bd3lm_scale.data.stream import open_stream
 from bd3lm_scale.errors import BadShardError
 from tests.data.sets import write_set
+from tests.fuzz_data import changed_json
 
 CASES = 500
-VALUES = [None, True, 0, -1, 1, 16, 2**31, 2**63, 2**200, 0.5, 1e308, "", "x", "\ud800", "../x", [], {}, [[]], "train"]
-
-
-def nodes(raw, path=()):
-    """Places of all values in a JSON document."""
-    for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
-        yield (*path, key)
-        if isinstance(value, dict | list):
-            yield from nodes(value, (*path, key))
-
-
-def changed(text: str, draw: random.Random) -> str:
-    if draw.random() < 0.15:
-        place, noise = draw.randrange(len(text)), draw.choice(["", "0", "9", '"', "[", "]", "{", ",", "\u00e9"])
-        return text[:place] + noise + text[place + draw.choice([0, 1, 40]) :]
-    raw = json.loads(text)
-    places = list(nodes(raw))
-    for _ in range(draw.choice([1, 1, 2])):
-        *above, key = draw.choice(places)
-        holder = raw
-        try:
-            for step in above:
-                holder = holder[step]
-            act = draw.choice(["set", "delete", "swap", "double", "shift"])
-            if act == "set":
-                holder[key] = copy.deepcopy(draw.choice(VALUES))
-            elif act == "delete":
-                del holder[key]
-            elif act == "swap":
-                other = draw.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
-                holder[key], holder[other] = holder[other], holder[key]
-            elif act == "double" and isinstance(holder, list):
-                holder.insert(key, copy.deepcopy(holder[key]))
-            elif type(holder[key]) is int:
-                holder[key] += draw.choice([-512, -16, -1, 1, 2, 16, 512])
-        except (KeyError, IndexError, TypeError):
-            continue  # an earlier change took the place away
-    return json.dumps(raw)
 
 
 @pytest.mark.parametrize("has_hash", [True, False], ids=["as written now", "as earlier versions wrote it"])
@@ -66,7 +29,7 @@ def test_a_changed_manifest_gives_the_same_rows_or_one_error(tmp_path, tokenizer
     rows = open_stream(config, 1).read(np.arange(30))
     draw, refused, other = random.Random(5), [], 0
     for _ in range(CASES if has_hash else CASES // 4):
-        file.write_text(changed(text, draw), errors="surrogatepass")
+        file.write_text(changed_json(text, draw), errors="surrogatepass")
         try:
             got = open_stream(config, 1).read(np.arange(30))
         except (ValueError, BadShardError) as problem:
@@ -90,7 +53,7 @@ def test_a_changed_head_or_index_gives_the_same_rows_or_one_error(tmp_path, toke
     draw, refused = random.Random(7), []
     for case in range(CASES):
         if case % 2:
-            manifest.write_text(changed(text, draw), errors="surrogatepass")
+            manifest.write_text(changed_json(text, draw), errors="surrogatepass")
             index.write_bytes(table)
         else:
             manifest.write_text(text)

@@ -121,11 +121,6 @@ def test_substitutes_are_spread_over_all_that_is_left():
     assert len(np.unique(row[:300] * 1000 + row[300:600])) > 100, "another substitute in every epoch"
 
 
-def test_excluding_everything_is_refused():
-    with pytest.raises(ValueError, match="every shard is excluded"):
-        RowOrder(ROWS, 5, 3, excluded=frozenset(range(len(ROWS)))).locate(np.arange(3))
-
-
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, 0.2, 0.1], [5.0, 1e-3]])
 def test_mixture_uses_every_sample_once_and_weights_hold_in_each_period(weights):
     quota = mixture_quota(weights)

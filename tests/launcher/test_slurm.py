@@ -147,6 +147,7 @@ class Job:
         assert record["JobState"] == state, f"{record['JobState']}, {record['ExitCode']}\n{self.output}"
         self.restarts = int(record["Restarts"])
         self.exit_code = int(record["ExitCode"].split(":")[0])
+        self.started = time.mktime(time.strptime(record["StartTime"], "%Y-%m-%dT%H:%M:%S"))
         return self
 
     @property
@@ -181,6 +182,11 @@ class Job:
         gap = max(after - before for before, after in itertools.pairwise(times))
         return gap, len(self.every_line) - furthest
 
+    def seconds_after_slurm(self):
+        """From Slurm's last start of this job until the first new step: our part of what a requeue costs."""
+        before = max((line["step"] for line in self.every_line if line["time"] < self.started), default=0)
+        return min(line["time"] for line in self.every_line if line["step"] > before) - self.started
+
     def check_against(self, reference, tolerance=0.0):
         assert [row["step"] for row in self.rows] == list(range(1, STEPS + 1)), self.output
         assert [row["stream_hash"] for row in self.rows] == [row["stream_hash"] for row in reference]
@@ -213,6 +219,8 @@ def note(losses_of_time, request):
         seconds, steps = job.time_lost()
         name = request.node.name.removeprefix("test_").replace("_", " ")
         losses_of_time[name] = f"{seconds:5.1f} s   {steps:3d} steps"
+        if job.restarts:
+            losses_of_time[name] += f"   {job.seconds_after_slurm():5.1f} s since Slurm started the job again"
         assert steps <= 2 * CHECKPOINT_STEPS, f"{job.attempts}\n{job.output}"
         return seconds
 

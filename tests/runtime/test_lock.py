@@ -151,24 +151,24 @@ def test_another_hosts_heartbeat_decides(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "now"), [("0", "1"), ("3", "4")])
-def test_a_requeued_job_takes_over_from_its_ghost_which_cannot_come_back(tmp_path, monkeypatch, before, now):
+def test_a_requeued_job_takes_over_from_its_earlier_start_which_cannot_come_back(tmp_path, monkeypatch, before, now):
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     monkeypatch.setenv("SLURM_RESTART_COUNT", before)
-    ghost = RunLock(tmp_path, heartbeat_seconds=0.1).acquire()
+    earlier = RunLock(tmp_path, heartbeat_seconds=0.1).acquire()
     make_foreign(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", now)
     begin = time.monotonic()
     lock = RunLock(tmp_path, 0.1, stale_seconds=20).acquire()
     assert time.monotonic() - begin < 15
     assert lock.is_held()
-    assert not ghost.is_held()
+    assert not earlier.is_held()
     make_foreign(tmp_path)
     after = everything_in(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", before)
     with pytest.raises(FencedError, match="job 42 has been started again"):
         RunLock(tmp_path, 0.1, stale_seconds=20).acquire()
-    ghost.release()
-    assert everything_in(tmp_path) == after, "the ghost leaves without a trace"
+    earlier.release()
+    assert everything_in(tmp_path) == after, "the earlier start writes nothing"
     assert lock.is_held()
 
 
@@ -222,11 +222,11 @@ class TestFence:
 
     def test_another_start_of_the_same_number_is_another_start(self, tmp_path):
         """Somebody has deleted the runtime folder, and numbers begin again."""
-        ghost = RunLock(tmp_path).acquire()
+        earlier = RunLock(tmp_path).acquire()
         (tmp_path / "runtime" / "lock.0").unlink()
         with RunLock(tmp_path) as lock:
-            assert label_of(lock.attempt) == label_of(ghost.attempt)
-            assert not ghost.is_held()
+            assert label_of(lock.attempt) == label_of(earlier.attempt)
+            assert not earlier.is_held()
 
     def test_a_full_disk_fences_nobody(self, tmp_path, monkeypatch):
         """The launcher cannot write which attempt begins: its ranks may write all the same."""

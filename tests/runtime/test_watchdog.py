@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,19 +107,21 @@ def test_native_call_that_holds_the_interpreter_lock_is_ended_too(tmp_path):
     assert "stuck_in_native_code" in stderr
 
 
-def test_limit_follows_the_median_step(tmp_path):
+def test_limit_follows_the_median_step(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(watchdog, "time", clock)
     config = RuntimeConfig(hang_factor=10, hang_min_seconds=0.05, collective_timeout_seconds=100)
     dog = Watchdog(tmp_path, config)
     assert dog.limit_seconds == 100, "nothing is known before the first steps (compilation)"
     for step in range(1, 8):
         dog.beat(step)
-        time.sleep(0.02)
-    assert dog.limit_seconds == pytest.approx(0.2, rel=0.5)
+        clock.now += 0.02
+    assert dog.limit_seconds == pytest.approx(0.2)
     dog.beat(7, "validation")
     assert dog.limit_seconds == 100
-    time.sleep(0.3)
+    clock.now += 0.3
     dog.beat(8)
-    assert dog.limit_seconds < 0.4, "a validation is no step time"
+    assert dog.limit_seconds == pytest.approx(0.2), "a validation is no step time"
 
 
 def test_moving_run_is_left_alone(tmp_path):
