@@ -248,7 +248,8 @@ def forward_step(
     loss function on the last stage only, and sends the output on from the others.
     """
     batch = next(batches)
-    inputs = (batch.noisy.input_BP, batch.noisy.sigma_B, batch.dropout_key, batch.index_R, batch.target_R)
+    noisy = batch.noisy
+    inputs = (noisy.input_BP, noisy.sigma_B, batch.dropout_key, batch.index_R, batch.target_R, noisy.document_BL)
     out = chunk(*inputs) if engine.optimizer is None else engine.optimizer.forward(chunk.number, *inputs)
     return out, partial(scale_loss, engine.process, batch, loss_scale)
 

@@ -11,6 +11,7 @@ Megatron hands over tensors as (P, B, H, K).
 """
 
 import itertools
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -20,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd3lm_scale.config.checks import MIN_FLEX_WIDTH
+from bd3lm_scale.model.document_attention import DocumentPattern
 from bd3lm_scale.model.tiles import Chunk, flex_block_mask, plan_chunks
 from bd3lm_scale.values import CLEAN_VIEW, Visibility
 
 _CHUNK = 128
 _FLEX_TILE = 128
 _MAX_GRAPHS = 64
+_KEPT_PATTERNS = 4
 
 
 class AttentionPattern:
@@ -41,6 +44,7 @@ class AttentionPattern:
         self.backend = backend
         self.num_positions = visibility.view_P.numel()
         self._on_device: dict[Any, Any] = {}
+        self._packed: OrderedDict[bytes, DocumentPattern] = OrderedDict()
 
     @cached_property
     def is_full(self) -> bool:
@@ -70,6 +74,38 @@ class AttentionPattern:
         else:
             out = self._chunked(query, key, value, num_queries)
         return out.permute(2, 0, 1, 3).reshape(num_queries, query.shape[0], -1)
+
+    @torch.compiler.disable(recursive=True)
+    def attend_documents(
+        self, query_PBHK: Tensor, key_PBHK: Tensor, value_PBHK: Tensor, num_queries: int, document_BL: Tensor
+    ) -> Tensor:
+        """`attend` in rows of several documents, given on the CPU."""
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query_PBHK[:num_queries], key_PBHK, value_PBHK))
+        pattern, backend = self._of_documents(document_BL), self._backend(query)
+        if backend == "dense":
+            out = pattern.dense(query, key, value, num_queries)
+        elif backend == "flex":
+            out = pattern.flex(query, key, value, num_queries, _FLEX_TILE, _compiled_flex())
+        else:
+            out = pattern.chunked(query, key, value, num_queries, _CHUNK)
+        return out.permute(2, 0, 1, 3).reshape(num_queries, query.shape[0], -1)
+
+    def _of_documents(self, document_BL: Tensor) -> DocumentPattern:
+        """Prepared by the first layer that asks, and again after so many other micro-batches."""
+        # a function of the documents, so that recomputation, which comes later, finds its own micro-batch's
+        key = document_BL.numpy().tobytes()
+        if key in self._packed:
+            self._packed.move_to_end(key)
+        else:
+            self._packed[key] = DocumentPattern(self.visibility, document_BL, _attention)
+            if len(self._packed) > _KEPT_PATTERNS:
+                self._packed.popitem(last=False)
+        return self._packed[key]
+
+    def _backend(self, query_BHQK: Tensor) -> str:
+        if self.backend != "auto":
+            return self.backend
+        return "flex" if query_BHQK.is_cuda and query_BHQK.shape[3] >= MIN_FLEX_WIDTH else "chunked"
 
     def dense(self, device: torch.device) -> Tensor:
         """The whole boolean (P, P) mask, True where attention is allowed."""
@@ -121,7 +157,7 @@ class AttentionPattern:
     def _block_mask(self, device: torch.device, num_queries: int) -> Any:
         cache_key = ("flex", device, num_queries)
         if cache_key not in self._on_device:
-            self._on_device[cache_key] = flex_block_mask(self.visibility, num_queries, _FLEX_TILE, device)
+            self._on_device[cache_key] = flex_block_mask([self.visibility], num_queries, _FLEX_TILE, device)
         return self._on_device[cache_key]
 
 
@@ -222,11 +258,17 @@ class BlockAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | LayerCache | None = None, **_: Any
     ) -> Tensor:
-        """(P, B, H, K), (P, B, G, K) twice -> (queries, B, H * K); with a cache where Megatron has a mask."""
+        """(P, B, H, K), (P, B, G, K) twice -> (queries, B, H * K).
+
+        Where Megatron has a mask, a cache or the documents (B, L) of packed rows.
+        """
         if isinstance(attention_mask, LayerCache):
             return self._decode(attention_mask, query, key, value)
         assert self.pattern is not None, "the denoiser sets the visibility before the first forward"
-        return self.pattern.attend(query, key, value, self.num_queries or query.shape[0])
+        num_queries = self.num_queries or query.shape[0]
+        if attention_mask is None:
+            return self.pattern.attend(query, key, value, num_queries)
+        return self.pattern.attend_documents(query, key, value, num_queries, attention_mask)
 
     @staticmethod
     def _decode(cache: LayerCache, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

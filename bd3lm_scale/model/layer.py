@@ -104,7 +104,7 @@ class DiTLayer(TransformerLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Sequence[LayerCache] | None = None,
+        attention_mask: Sequence[LayerCache] | Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
@@ -112,10 +112,14 @@ class DiTLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (P, B, D), context (B, C) or None, context_mask the dropout key.
 
-        Megatron's slot for a mask carries what decoding brings instead: the cache of each layer, None in training.
+        Megatron's slot for a mask carries the documents (B, L) of packed rows in training, None where there are none,
+        and what decoding brings: the cache of each layer.
         """
         dtype = self.config.params_dtype
-        cache: Any = None if attention_mask is None else attention_mask[self.layer_number - 1]
+        seen: Any = attention_mask
+        is_training = attention_mask is None or isinstance(attention_mask, Tensor)
+        if not is_training:
+            seen = seen[self.layer_number - 1]
         x = hidden_states
         if context is None:
             shift_a = scale_a = shift_m = scale_m = torch.zeros((), device=x.device)
@@ -126,8 +130,8 @@ class DiTLayer(TransformerLayer):
                 modulation = tensor_parallel.copy_to_tensor_model_parallel_region(modulation)
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.float().chunk(6, dim=-1)
         attention_input = modulate(self.input_layernorm(x), shift_a, scale_a).to(dtype)
-        attended, _bias = self.self_attention(attention_input, attention_mask=cache, rotary_pos_emb=rotary_pos_emb)
-        if self.num_outputs is not None and cache is None:
+        attended, _bias = self.self_attention(attention_input, attention_mask=seen, rotary_pos_emb=rotary_pos_emb)
+        if self.num_outputs is not None and is_training:
             x = self._first_rows(x, self.num_outputs) if self.config.sequence_parallel else x[: self.num_outputs]
         x = torch.addcmul(x, gate_a, self._drop(attended.float(), context_mask, 0))
         out, bias = self.mlp(modulate(self.pre_mlp_layernorm(x), shift_m, scale_m).to(dtype))
