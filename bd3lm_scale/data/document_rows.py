@@ -20,7 +20,7 @@ from bd3lm_scale.rng import derive_key, permute
 _KEPT_PLANS = 128
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ShardRows:
     """The rows of one shard; pieces lie in the order of rows and of places inside them.
 

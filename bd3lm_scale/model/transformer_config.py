@@ -86,6 +86,7 @@ def make_transformer_config(
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[parallel.recompute]
+    no_graphs: dict[str, Any] = {_CUDA_GRAPHS: []}
     return DenoiserConfig(
         **_network_options(architecture),
         hidden_dropout=model.dropout,
@@ -124,7 +125,7 @@ def make_transformer_config(
         scores_noisy_half_only=config.scores_noisy_half_only,
         shift_targets=config.diffusion.shift_targets,
         **recompute,
-        **{_CUDA_GRAPHS: []},
+        **no_graphs,
     )
 
 
