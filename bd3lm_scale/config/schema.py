@@ -274,8 +274,8 @@ class TrainConfig:
     """Refuse settings under which a resumed run could differ from an uninterrupted one."""
     deterministic: Flag = False
     """Deterministic GPU kernels (slower)."""
-    compile: Flag = False
-    """torch.compile the layers (GPU)."""
+    compile: Flag | None = None
+    """torch.compile the layers (GPU); default: on CUDA, but for ZeRO-3 and train.deterministic."""
     threads: Annotated[Whole, Field(ge=0, le=4096)] = 1
     """CPU threads per rank when training on the CPU; 0 leaves torch's default."""
     time_limit_minutes: Amount | None = None

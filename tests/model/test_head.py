@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm_scale.model.head import linear_fp32
 from tests.model.test_fast_decoder import MASK, VOCAB, build
@@ -54,6 +55,47 @@ def test_gradients_of_weights_and_bias_are_those_of_the_loss(case):
     torch.testing.assert_close(bias[:VOCAB].double(), grad_RV.sum(0), **tolerance)
     assert (weight[VOCAB:] == 0).all()
     assert bias[MASK] == 0
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that a tensor made meanwhile has."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("tail", [0, 1])
+def test_tiles_of_rows_equal_all_rows_at_once(case, monkeypatch, tail):
+    """Scores and every gradient, under weights of either sign and none; no buffer holds the logits of all rows."""
+    head, *_ = case
+    rows, tiles = 1024 + tail, 8
+    draw = torch.Generator().manual_seed(1)
+    hidden_RD = torch.randn(rows, 64, generator=draw)
+    conditioning_RC = torch.randn(rows, 32, generator=draw).to(head.output.weight.dtype)
+    target_R = torch.randint(0, MASK, (rows,), generator=draw)
+    weight_2R = torch.randn(2, rows, generator=draw)
+    weight_2R[:, ::5] = 0
+    found = []
+    for tile_bytes in (2**28, rows // tiles * 4 * len(head.output.weight)):
+        monkeypatch.setattr("bd3lm_scale.model.head.TILE_BYTES", tile_bytes)
+        head.zero_grad()
+        inputs = [t.clone().requires_grad_() for t in (hidden_RD, conditioning_RC)]
+        with Largest() as largest:
+            out = head(*inputs, target_R, None)
+            (out * weight_2R).sum().backward()
+        found.append([out.detach(), *(t.grad for t in inputs), *(p.grad for p in head.parameters())])
+        logits = rows * len(head.output.weight)
+        assert (largest.size >= logits) == (tile_bytes == 2**28)
+    is_bf16 = head.output.weight.dtype == torch.bfloat16
+    for tiled, whole in zip(*found, strict=True):
+        tolerance = 2**-7 if is_bf16 and tiled.dtype == torch.bfloat16 else 1e-5  # a sum may round to a neighbour
+        torch.testing.assert_close(tiled, whole, rtol=tolerance, atol=1e-4 if is_bf16 else 1e-5)
 
 
 def test_linear_fp32_takes_operands_of_two_dtypes():
