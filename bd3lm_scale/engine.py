@@ -15,15 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bd3lm_scale.parallel.quiet_megatron  # noqa: F401  before anything that imports Megatron
+from bd3lm_scale.checkpoint.boxes import boxes_of
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.diffusion.loss import score_rows
 from bd3lm_scale.diffusion.process import Process, make_process
 from bd3lm_scale.diffusion.visibility import training_visibility
 from bd3lm_scale.model.denoiser import ChunkList, Denoiser, build_chunks, named_parameters, pipeline_sequence_length
+from bd3lm_scale.model.initialize import draw
+from bd3lm_scale.model.parameters import parameters
 from bd3lm_scale.model.transformer_config import DenoiserConfig, make_transformer_config
 from bd3lm_scale.optim.zero import ZeroOptimizer
 from bd3lm_scale.parallel.mesh import Mesh
 from bd3lm_scale.parallel.pipeline import schedule_of_layout
+from bd3lm_scale.parallel.shards import description_of, state_slice
 from bd3lm_scale.parallel.sums import sum_on_host
 from bd3lm_scale.values import HeadRows, LossSum, NoisyRows
 
@@ -65,11 +69,22 @@ def build_engine(
     mask_token_id: int,
     host_group: dist.ProcessGroup | None = None,
     for_training: bool = True,
+    with_values: bool = True,
 ) -> Engine:
-    """Build this rank's part of the model and, for training, its optimizer."""
+    """Build this rank's part of the model and, for training, its optimizer.
+
+    Args:
+        config: the checked run configuration.
+        mesh: this rank's position in the layout.
+        vocab_size, mask_token_id: of the tokenizer.
+        host_group: gloo group for small agreements; None when alone.
+        for_training: whether there is an optimizer.
+        with_values: draw the initial weights; without, they are to come from a checkpoint (or `draw_weights`).
+    """
     transformer = make_transformer_config(config, vocab_size, mask_token_id, mesh.device)
     visibility = training_visibility(config.diffusion.objective, config.data.context_length, config.block_size)
-    chunks = build_chunks(transformer, mesh, visibility.first(config.sequence_length), config.seed)
+    pattern = visibility.first(config.sequence_length)
+    chunks = build_chunks(transformer, mesh, pattern, with_memory=not for_training)
     if compiles(config, mesh.device):
         compile_layers(chunks)
     optimizer = None
@@ -84,7 +99,7 @@ def build_engine(
             config.model.tie_embeddings,
         )
     process = make_process(config.diffusion, config.data.context_length, vocab_size, mask_token_id)
-    return Engine(
+    engine = Engine(
         process,
         transformer,
         chunks,
@@ -95,6 +110,26 @@ def build_engine(
         sequence_length=pipeline_sequence_length(transformer),
         reports_loss=mesh.is_last_stage and mesh.tensor_rank == 0,
     )
+    if with_values:
+        draw_weights(engine, config.seed)
+    return engine
+
+
+def draw_weights(engine: Engine, seed: int) -> None:
+    """Give the model its initial weights: each rank draws what it keeps, all layouts the same."""
+    if engine.optimizer is None:
+        whole = [(description_of(parameter), parameter) for _, parameter in named_parameters(engine.chunks)]
+        parts = [state_slice(d, engine.mesh, 0, p.numel(), {"master": p.detach().view(-1)}) for d, p in whole]
+    else:
+        parts = engine.optimizer.slices()
+    table = {parameter.name: parameter for parameter in parameters(engine.transformer.architecture)}
+    for part in parts:
+        for box in boxes_of(part):
+            out = part.tensors["master"].narrow(0, box.start, box.volume)
+            draw(out, table[part.name], box.offset, box.shape, seed, engine.transformer.params_dtype)
+    if engine.optimizer is not None:
+        engine.optimizer.restored(0)
+        engine.optimizer.reset_ema()
 
 
 def compiles(config: RunConfig, device: torch.device) -> bool:

@@ -7,11 +7,13 @@ P positions the transformer reads ([noisy ; clean] without the last clean block:
 evaluated at.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # plans and reports read intervals from here, and do without a library of 200 MB
+    from torch import Tensor
 
 CLEAN_VIEW = 0
 PADDING = -1
@@ -24,7 +26,7 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def floored(self, time_epsilon: float) -> "Interval":
+    def floored(self, time_epsilon: float) -> Interval:
         """The same without the times below `time_epsilon`, which are never drawn."""
         return Interval(max(self.low, time_epsilon), self.high)
 
@@ -129,7 +131,7 @@ class Visibility:
     block_P: Tensor
     block_size: int
 
-    def first(self, count: int) -> "Visibility":
+    def first(self, count: int) -> Visibility:
         """That of the first `count` positions alone."""
         return Visibility(self.view_P[:count], self.segment_P[:count], self.block_P[:count], self.block_size)
 
@@ -223,5 +225,5 @@ class StateSlice:
     start: int
     stop: int
     is_owner: bool = True
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     parts: tuple[int, ...] = ()

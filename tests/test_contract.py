@@ -176,6 +176,25 @@ def test_groups_are_made_and_named_by_the_functions_we_replace():
     )
 
 
+def test_deepspeed_starts_on_parameters_without_values():
+    """optim/partition.py replaces these while DeepSpeed is started."""
+    from deepspeed.runtime import bf16_optimizer, engine
+    from deepspeed.runtime.zero import partition_parameters, stage_1_and_2
+
+    init = inspect.getsource(partition_parameters.Init)
+    for name in ("_convert_to_zero_parameters", "_convert_to_deepspeed_param", "_aligned_size", "ds_numel_aligned"):
+        assert name in init, missing("deepspeed", f"zero.Init.{name}", "a part of each parameter in place of the whole")
+    for name in ("ds_numel", "status", "final_location"):
+        assert f"param.ds_tensor.{name} =" in init, missing("deepspeed", f"ds_tensor.{name}", "parts of parameters")
+    assert "'ds_optim_param'" in inspect.getsource(engine.DeepSpeedEngine._broadcast_model), missing(
+        "deepspeed", "ds_optim_param", "not sending weights that have no values"
+    )
+    for module in (bf16_optimizer, stage_1_and_2):
+        assert "self.flatten = _flatten_dense_tensors" in inspect.getsource(module), missing(
+            "deepspeed", f"{module.__name__}._flatten_dense_tensors", "flat buffers that are not copied"
+        )
+
+
 def test_torch_drops_an_update_on_the_device():
     """Fused AdamW reads `found_inf` from the optimizer: the GradScaler's door, which no documentation promises."""
     parameter = torch.nn.Parameter(torch.ones(4))

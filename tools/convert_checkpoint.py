@@ -33,6 +33,7 @@ from bd3lm_scale.checkpoint.reshard import CONTENTS, reshard
 from bd3lm_scale.checkpoint.verify import verify
 from bd3lm_scale.checkpoint.write import write_weights
 from bd3lm_scale.config.load import from_dict
+from bd3lm_scale.data.chat import chat_format
 from bd3lm_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3lm_scale.errors import CheckpointError
 from bd3lm_scale.runtime.metrics import read_metrics
@@ -75,6 +76,7 @@ def to_hf(args: argparse.Namespace) -> int:
             tokenizer=tokenizer,
             figures=figures,
             sampler=args.sampler,
+            end_of_turn=chat_format(tokenizer).end_of_turn() if tokenizer and tokenizer.chat_template else None,
         )
         if not args.no_check:
             _check_logits(checkpoint, lambda check: check.load_exported(folder), report.weights, args.dtype)

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bd3lm_scale.config.load import load_config
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.config.summary import GPT2_VOCAB_SIZE
@@ -53,13 +55,12 @@ def headline(run: RunData, config: RunConfig | None) -> list[tuple[str, str]]:
         rows.append(("objective", f"{objective}{blocks}, rows of {config.data.context_length} tokens"))
         model = config.model
         rows.append(("model", f"{model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads"))
-    if run.train:
-        last = run.train[-1]
-        rows.append(("steps", f"{last['step']:,}"))
-        rows.append(("tokens", f"{last['tokens']:,}"))
-        rows.append(("last loss (nats per token)", f"{figures_of.smooth([r['loss'] for r in run.train])[-1]:.4f}"))
-        if run.speed:
-            rows.append(("tokens per second (median)", f"{sorted(run.speed)[len(run.speed) // 2]:,.0f}"))
+    if run.num_steps:
+        rows.append(("steps", f"{run.train['step'][-1]:,.0f}"))
+        rows.append(("tokens", f"{run.train['tokens'][-1]:,.0f}"))
+        rows.append(("last loss (nats per token)", f"{figures_of.smooth(run.train['loss'])[-1]:.4f}"))
+        if len(run.speed):
+            rows.append(("tokens per second (median)", f"{np.median(run.speed):,.0f}"))
     if run.validation:
         best = min(run.validation, key=lambda row: row["nelbo"])
         last = run.validation[-1]
@@ -77,7 +78,7 @@ def mfu(run: RunData, config: RunConfig, gpu: str, gpus: int) -> float:
     """Share of the GPUs' peak spent on the model's own FLOPs, at the median speed."""
     vocab_size = config.model.vocab_size or GPT2_VOCAB_SIZE
     peak = GPUS[gpu].fp32 if config.precision == "fp32" else GPUS[gpu].bf16
-    return sorted(run.speed)[len(run.speed) // 2] * flops_per_token(config, vocab_size) / (gpus * peak)
+    return float(np.median(run.speed)) * flops_per_token(config, vocab_size) / (gpus * peak)
 
 
 def write_report(run_dir: Path, output: Path, gpu: str | None = None, gpus: int = 1) -> Path:
@@ -92,7 +93,7 @@ def write_report(run_dir: Path, output: Path, gpu: str | None = None, gpus: int 
         config = load_config(run_dir / "config.yaml")
     output.mkdir(parents=True, exist_ok=True)
     figures = headline(run, config)
-    if gpu is not None and config is not None and run.speed:
+    if gpu is not None and config is not None and len(run.speed):
         figures.append((f"MFU on {gpus} {gpu}", f"{mfu(run, config, gpu, gpus):.1%}"))
     body = [f"<h1>{html.escape(run_dir.resolve().name)}</h1>", _table(figures)]
     for name, title, draw in FIGURES:

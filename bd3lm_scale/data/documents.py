@@ -36,7 +36,8 @@ from bd3lm_scale.data.storage import is_remote, open_sequential
 from bd3lm_scale.data.tables import table_records
 
 __all__ = [
-    "BY_NAME", "FORMATS", "BadRecordError", "Meter", "Options", "Record", "find_inputs", "read_records", "record_text",
+    "BY_NAME", "FORMATS", "BadRecordError", "Meter", "Options", "Record",
+    "find_inputs", "read_records", "record_object", "record_text",
 ]  # fmt: skip
 
 _PIECE_BYTES = 1 << 20
@@ -95,11 +96,10 @@ def record_text(record: Record, options: Options, where: str = "") -> str:
         raise BadRecordError(problem.kind, f"{place}{problem.reason}") from problem
 
 
-def _text(record: Record, options: Options) -> str:
+def record_object(record: Record, options: Options) -> dict:
+    """The JSON object of a record, which has the field that the options name. BadRecordError for what is none."""
     if record.problem is not None:
         raise record.problem
-    if not record.is_json:
-        return _decoded(record.data, record.line)
     try:
         entry = json.loads(record.data if record.data.isascii() else _decoded(record.data, record.line))
     except RecursionError as problem:
@@ -113,7 +113,13 @@ def _text(record: Record, options: Options) -> str:
         raise BadRecordError("not a JSON object", f"not a JSON object but {type(entry).__name__}")
     if options.field not in entry:
         raise BadRecordError("no such field", f"no field {options.field!r}; name the text's field with --field")
-    text = entry[options.field]
+    return entry
+
+
+def _text(record: Record, options: Options) -> str:
+    if not record.is_json and record.problem is None:
+        return _decoded(record.data, record.line)
+    text = record_object(record, options)[options.field]
     if text is None:
         raise BadRecordError("null", f"field {options.field!r} is null")
     if not isinstance(text, str):

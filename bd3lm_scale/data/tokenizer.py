@@ -19,6 +19,7 @@ from bd3lm_scale.data import sentencepiece_model, tokenizer_json
 from bd3lm_scale.data.shards import TokenizerIdentity
 
 MASK_PIECE = "<mask>"
+CHAT_TEMPLATE = "chat_template.jinja"
 _GPT2_EOS = "<|endoftext|>"
 _FOLDER_FILES = (
     "tokenizer.model",
@@ -39,9 +40,11 @@ class Tokenizer:
         vocab_size: number of ids, the mask included.
         mask_token_id, bos_token_id, eos_token_id, pad_token_id: special ids; mask differs from all others.
         files: the files it was read from, which `save` copies.
+        template_file: its chat template, copied with them; it decides what text a conversation is, not a text's ids.
         special_text: how each special id is written when a caller wants to see it.
         cuts_at_spaces: a text cut before a lone space or newline between visible ASCII characters has the tokens of
             its two parts. What is not known to have this property is encoded whole.
+        special_strips: special tokens that take blanks with them where a text names them: before, behind.
     """
 
     kind: str
@@ -55,6 +58,8 @@ class Tokenizer:
     _encode: Callable[[list[str]], list[list[int]]] = field(repr=False)
     _decode: Callable[[list[int]], str] = field(repr=False)
     cuts_at_spaces: bool = False
+    special_strips: dict[int, tuple[bool, bool]] = field(default_factory=dict)
+    template_file: Path | None = None
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special id (ValueError where that cannot be done)."""
@@ -94,7 +99,7 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """Hex digest of what determines the ids: kind, special ids and file contents."""
+        """Hex digest of what determines a text's ids: kind, special ids and file contents."""
         digest = hashlib.sha256()
         special = (self.vocab_size, self.mask_token_id, self.bos_token_id, self.eos_token_id, self.pad_token_id)
         digest.update(json.dumps([self.kind, *special]).encode())
@@ -103,28 +108,51 @@ class Tokenizer:
         return digest.hexdigest()
 
     @property
+    def chat_template(self) -> str | None:
+        """What turns messages into text, a Jinja template; None where the tokenizer comes without one."""
+        if self.template_file is not None:
+            return tokenizer_json.read_template(self.template_file)
+        settings = next((file for file in self.files if file.name == "tokenizer_config.json"), None)
+        return None if settings is None else tokenizer_json.template_in(settings)
+
+    @property
     def file_names(self) -> tuple[str, ...]:
         """Names of the files that `save` writes."""
-        return tuple(sorted(_stored_name(self.kind, file) for file in self.files))
+        template = [] if self.template_file is None else [CHAT_TEMPLATE]
+        return tuple(sorted([*(_stored_name(self.kind, file) for file in self.files), *template]))
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files to `folder`, from which `load_tokenizer` gives an equal one."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for file in self.files:
-            destination = folder / _stored_name(self.kind, file)
+        sources = {_stored_name(self.kind, file): file for file in self.files}
+        if self.template_file is not None:
+            sources[CHAT_TEMPLATE] = self.template_file
+        for name, file in sources.items():
+            destination = folder / name
             if not (destination.exists() and destination.samefile(file)):
                 shutil.copyfile(file, destination)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Tokenizer:
     """Read a tokenizer.
 
     Args:
         path: a SentencePiece .model file, a BERT vocab.txt, a tokenizer.json, or a folder with one of these or
             with GPT-2's vocab.json and merges.txt.
+        chat_template: a Jinja file in place of the tokenizer's own chat template.
     """
     path = Path(path)
+    tokenizer = _load(path)
+    beside = (path.parent if path.name == "tokenizer.json" else path) / CHAT_TEMPLATE
+    if chat_template is not None:
+        tokenizer.template_file = Path(chat_template)
+    elif beside.is_file():
+        tokenizer.template_file = beside
+    return tokenizer
+
+
+def _load(path: Path) -> Tokenizer:
     # one process per core tokenizes; threads inside would only fight over the cores
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if path.is_file():
@@ -289,6 +317,15 @@ def _hugging_face(folder: Path) -> Tokenizer:
     out_of_reach.no_truncation()
     out_of_reach.no_padding()
     kept = tuple(folder / name for name in _FOLDER_FILES if (folder / name).exists())
-    coders = _fast(out_of_reach)
-    cuts = tokenizer_json.is_byte_level(content)
-    return Tokenizer("hugging_face", max(size, mask + 1), *special, kept, text, *coders, cuts_at_spaces=cuts)
+    tokens = tokenizer.get_added_tokens_decoder()
+    strips = {i: (t.lstrip, t.rstrip) for i, t in tokens.items() if i in text and (t.lstrip or t.rstrip)}
+    return Tokenizer(
+        "hugging_face",
+        max(size, mask + 1),
+        *special,
+        kept,
+        text,
+        *_fast(out_of_reach),
+        cuts_at_spaces=tokenizer_json.is_byte_level(content),
+        special_strips=strips,
+    )

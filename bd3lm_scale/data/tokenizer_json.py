@@ -15,6 +15,23 @@ def named_tokens(folder: Path) -> dict:
     return named
 
 
+def read_template(file: Path) -> str:
+    """A chat template's text (ValueError where there is none)."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"chat template {file}: cannot be read ({problem})") from problem
+
+
+def template_in(settings: Path) -> str | None:
+    """The chat template in a tokenizer_config.json: the only one, or the one that is called default."""
+    found = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default") if len(named) != 1 else next(iter(named.values()))
+    return found if isinstance(found, str) and found else None
+
+
 def without_text(content: dict, special: set[int]) -> dict:
     """A tokenizer.json in which no text stands for the `special` ids, all other ids unchanged.
 

@@ -110,6 +110,8 @@ def draw_samples(
     device: Any = "cpu",
     on_progress: Callable[[int], object] | None = None,
     infill: bool = False,
+    end_of_turn: int | None = None,
+    on_text: Callable[[tuple[int, ...]], object] | None = None,
 ) -> Iterator[Sample]:
     """Samples in batches of sampling.batch_size, yielded batch by batch.
 
@@ -124,6 +126,8 @@ def draw_samples(
         device: of the network.
         on_progress: told the number of new tokens (redrawn ones count again).
         infill: prompts are whole texts with masks to write; texts of one length go together, and nothing stops them.
+        end_of_turn: a token that ends a sample as EOS does.
+        on_text: told the new tokens of each batch's first sample so far, as they come.
     """
     sampling = config.sampling
     todo = [(number, prompt, 0) for number, prompt in zip(indices, prompts, strict=True)]
@@ -132,7 +136,7 @@ def draw_samples(
         if infill:
             size = next((i for i, (_, text, _) in enumerate(todo[:size]) if len(text) != len(todo[0][1])), size)
         group, todo = todo[:size], todo[size:]
-        stop = StopRule(eos_token_id if sampling.stop_at_eos else None, sampling.min_entropy)
+        stop = StopRule(eos_token_id if sampling.stop_at_eos else None, sampling.min_entropy, end_of_turn)
         request = SampleRequest(
             prompts=tuple(prompt for _, prompt, _ in group),
             length=len(group[0][1]) if infill else sampling.length,
@@ -143,6 +147,7 @@ def draw_samples(
             stop=StopRule() if infill else stop,
             device=device,
             infill=infill,
+            on_text=on_text,
         )
         started = time.perf_counter()
         result = run_sampler(open_network(len(group)), request, config, on_progress)
@@ -151,17 +156,29 @@ def draw_samples(
             if result.finish[place] == "low_entropy" and tries < sampling.max_redraws:
                 todo.append((number, prompt, tries + 1))
                 continue
-            yield Sample(
-                index=number,
-                tokens=result.tokens[place],
-                prompt_length=len(prompt) - prompt.count(mask_token_id),
-                finish=result.finish[place],
-                nfe=result.nfe[place],
-                forward_calls=result.forward_calls[place],
-                redraws=tries,
-                seconds=seconds,
-                slots=_slots(prompt, mask_token_id, result.log_probs[place]) if result.log_probs is not None else (),
-            )
+            yield _sample(result, place, number, prompt, tries, seconds, mask_token_id)
+
+
+def _sample(
+    result: SampleResult,
+    place: int,
+    number: int,
+    prompt: tuple[int, ...],
+    tries: int,
+    seconds: float,
+    mask_token_id: int,
+) -> Sample:
+    return Sample(
+        index=number,
+        tokens=result.tokens[place],
+        prompt_length=len(prompt) - prompt.count(mask_token_id),
+        finish=result.finish[place],
+        nfe=result.nfe[place],
+        forward_calls=result.forward_calls[place],
+        redraws=tries,
+        seconds=seconds,
+        slots=_slots(prompt, mask_token_id, result.log_probs[place]) if result.log_probs is not None else (),
+    )
 
 
 def _slots(text: tuple[int, ...], mask_token_id: int, log_probs: tuple[float, ...]) -> tuple[tuple[int, float], ...]:

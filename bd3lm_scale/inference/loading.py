@@ -73,7 +73,8 @@ def load_model(
         torch.set_num_threads(config.train.threads or torch.get_num_threads())
     mesh = init_mesh(config.parallel, config.runtime.device, config.runtime.collective_timeout_seconds)
     group = new_host_group() if dist.is_initialized() else None
-    engine = build_engine(config, mesh, meta["vocab_size"], meta["mask_token_id"], group, for_training=False)
+    vocabulary = (meta["vocab_size"], meta["mask_token_id"])
+    engine = build_engine(config, mesh, *vocabulary, group, for_training=False, with_values=False)
     kind = "ema" if weights == "ema" and "ema" in reader.kinds() else "master"
     load_weights(engine, reader, kind)
     return Loaded(engine, config, reader, kind, find_tokenizer(reader.path, config))

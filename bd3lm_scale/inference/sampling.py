@@ -2,6 +2,7 @@
 
     python -m bd3lm_scale.sample RUN_OR_CHECKPOINT_OR_HF [--prompt TEXT] [--length N] [--num-samples N] [a.b=c ...]
     python -m bd3lm_scale.sample RUN_OR_CHECKPOINT_OR_HF --infill "text <mask:16> text" [--num-samples N] [a.b=c ...]
+    python -m bd3lm_scale.sample RUN_OR_CHECKPOINT_OR_HF --chat [--system TEXT] [--length N] [a.b=c ...]
 
 Samples are printed and written as JSON lines. Settings are the `sampling` section of the configuration. Under torchrun,
 parallel.tensor_parallel_size ranks hold one model together and the rest of the world shares out the samples.
@@ -12,10 +13,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from bd3lm_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3lm_scale.diffusion.registry import SAMPLERS
 from bd3lm_scale.errors import CheckpointError, ConfigError
 from bd3lm_scale.inference.batches import Sample, check_sampling, choose_sampler, draw_samples
+from bd3lm_scale.inference.chat import Assistant
 from bd3lm_scale.inference.infill import check_infill, parse_infill
 from bd3lm_scale.inference.loading import Loaded, load_model
 from bd3lm_scale.inference.loading_hf import is_hf_folder, native_checkpoint
@@ -42,9 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(None)
     try:
         loaded, tokenizer = load(args)
-        prompts = read_prompts(args, tokenizer, loaded.config)
-        output = args.output or default_output(args.source, loaded)
-        metrics = write_samples(loaded, tokenizer, prompts, output, args.quiet, infill=bool(args.infill))
+        output = args.output or default_output(args.source, loaded, args.chat)
+        if args.chat:
+            metrics = talk(args, loaded, tokenizer, output)
+        else:
+            prompts = read_prompts(args, tokenizer, loaded.config)
+            metrics = write_samples(loaded, tokenizer, prompts, output, args.quiet, infill=bool(args.infill))
     except (ConfigError, CheckpointError, ValueError) as error:
         print(error, file=sys.stderr)
         return ExitCode.CONFIG
@@ -67,7 +72,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--infill", action="append", default=[], metavar="TEXT", help="write N tokens in place of each <mask:N>"
     )
-    parser.add_argument("--length", type=int, help="tokens of a sample, prompt included (sampling.length)")
+    parser.add_argument(
+        "--chat", action="store_true", help="answer messages: from the terminal, or line by line from standard input"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="with --chat: in place of the tokenizer's")
+    parser.add_argument(
+        "--length", type=int, help="tokens of a sample, prompt included; with --chat, of an answer (sampling.length)"
+    )
     parser.add_argument("--num-samples", type=int, help="samples of each prompt (sampling.num_samples)")
     parser.add_argument("--batch-size", type=int, help="samples drawn together (sampling.batch_size)")
     parser.add_argument("--seed", type=int, help="sampling.seed")
@@ -96,11 +108,11 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Tokenizer]:
     weights = next((t.split("=")[1] for t in reversed(overrides) if t.startswith("sampling.weights=")), "ema")
     with native_checkpoint(args.source, overrides) as (path, rest):
         loaded = load_model(path, rest, weights, args.checkpoint)
-    check_sampling(loaded.config, infill=bool(args.infill))
+    check_sampling(loaded.config, infill=bool(args.infill) or args.chat)
     folder = args.tokenizer or (args.source if is_hf_folder(args.source) else loaded.tokenizer_path)
     if folder is None:
         raise ValueError(f"{args.source}: no tokenizer found with the model; give one with --tokenizer FOLDER")
-    tokenizer, meta = load_tokenizer(folder), loaded.reader.meta
+    tokenizer, meta = load_tokenizer(folder, args.chat_template), loaded.reader.meta
     if (tokenizer.vocab_size, tokenizer.mask_token_id) != (meta["vocab_size"], meta["mask_token_id"]):
         raise ValueError(
             f"--tokenizer ({folder}): has {tokenizer.vocab_size} ids and mask {tokenizer.mask_token_id}, the model has "
@@ -110,11 +122,8 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Tokenizer]:
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: RunConfig) -> list[tuple[int, ...]]:
-    """The tokens each sample starts with: what precedes a document in training, then the prompt.
-
-    That is EOS, which separates documents, or BOS where rows are wrapped (data.wrap_rows).
-    """
-    start = tokenizer.bos_token_id if config.data.wrap_rows else tokenizer.eos_token_id
+    """The tokens each sample starts with: what precedes a document in training, then the prompt."""
+    start = start_token(tokenizer, config)
     if args.infill:
         if args.prompt or args.prompts or args.length is not None:
             raise ValueError("--infill: says the whole text and its length; leave out --prompt, --prompts and --length")
@@ -131,13 +140,37 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: RunConf
     return [prompt for prompt in encoded for _ in range(config.sampling.num_samples)]
 
 
-def default_output(source: str, loaded: Loaded) -> Path | None:
+def start_token(tokenizer: Tokenizer, config: RunConfig) -> int:
+    """What precedes a document in training: EOS, which separates documents, or BOS where rows are wrapped."""
+    return tokenizer.bos_token_id if config.data.wrap_rows else tokenizer.eos_token_id
+
+
+def talk(args: argparse.Namespace, loaded: Loaded, tokenizer: Tokenizer, output: Path | None) -> dict[str, float]:
+    """Answer messages until there are no more; the records join those in the output file."""
+    if args.prompt or args.prompts or args.infill or args.num_samples not in (None, 1):
+        raise ValueError("--chat: answers messages; leave out --prompt, --prompts, --infill and --num-samples")
+    if loaded.engine.mesh.world_size > 1:
+        raise ValueError("--chat: runs in one process; start it without torchrun")
+    start, opener = start_token(tokenizer, loaded.config), network_opener(loaded)
+    assistant = Assistant(loaded.config, tokenizer, opener, start, loaded.engine.mesh.device, args.system)
+    started, records = time.perf_counter(), []
+    with _open_output(output, "a") as file, suppress(KeyboardInterrupt):
+        for sample, messages in assistant.talk(sys.stdin, sys.stdout):
+            records.append(record_of(sample, tokenizer, loaded) | {"messages": messages})
+            if file is not None:
+                file.write(json.dumps(records[-1], ensure_ascii=False) + "\n")
+                file.flush()
+    return _totals(records, time.perf_counter() - started)
+
+
+def default_output(source: str, loaded: Loaded, chat: bool = False) -> Path | None:
     """RUN/samples/step_..._SAMPLER_LENGTH.jsonl for a checkpoint inside a run folder, None otherwise."""
     run = loaded.reader.path.parent.parent
     if is_hf_folder(source) or not (run / "config.yaml").is_file():
         return None
     sampling = loaded.config.sampling
     kind = f"{choose_sampler(loaded.config)}_{sampling.length}{'_eos' if sampling.stop_at_eos else ''}"
+    kind = "chat" if chat else kind
     return run / "samples" / f"step_{loaded.reader.meta['step']:08d}_{kind}.jsonl"
 
 
@@ -218,13 +251,13 @@ def _gather(samples: Iterator[Sample], loaded: Loaded) -> list[Sample]:
 
 
 @contextmanager
-def _open_output(path: Path | None) -> Iterator[TextIO | None]:
+def _open_output(path: Path | None, mode: str = "w") -> Iterator[TextIO | None]:
     if path is None:
         yield None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        yield file
+    with path.open(mode, encoding="utf-8") as file:
+        yield cast(TextIO, file)
 
 
 def record_of(sample: Sample, tokenizer: Tokenizer, loaded: Loaded) -> dict[str, Any]:

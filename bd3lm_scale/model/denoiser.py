@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bd3lm_scale.model.attention import AttentionPattern
 from bd3lm_scale.model.head import Head
-from bd3lm_scale.model.initialize import compare, initialize
+from bd3lm_scale.model.initialize import allocate, compare, mark
 from bd3lm_scale.model.layer import layer_spec
 from bd3lm_scale.model.parameters import TIME_FEATURES, Parameter, parameters
 from bd3lm_scale.model.rotary import rotary_angles
@@ -86,8 +86,10 @@ class Denoiser(MegatronModule):
         )
         if has_head:
             self.head = Head(config, group)
-        position = torch.arange(config.sequence_length) % config.context_length  # both halves stand at the same places
-        self.register_buffer("training_rotary", self.rotary(position), persistent=False)
+        with torch.device("cpu"):  # only parameters are built on the meta device
+            # both halves stand at the same places
+            position = torch.arange(config.sequence_length) % config.context_length
+            self.register_buffer("training_rotary", self.rotary(position), persistent=False)
 
     def set_visibility(self, visibility: Visibility) -> None:
         """Say who sees whom; one prepared pattern serves all layers."""
@@ -220,19 +222,21 @@ class ChunkList(nn.Module):
         return self.chunks[number](*args)
 
 
-def build_chunks(config: DenoiserConfig, mesh: Mesh, visibility: Visibility, seed: int) -> list[Denoiser]:
-    """This rank's part of the model, initialized from (seed, global parameter name): equal under every layout."""
+def build_chunks(config: DenoiserConfig, mesh: Mesh, visibility: Visibility, with_memory: bool) -> list[Denoiser]:
+    """This rank's part of the model, its weights without values and, unless `with_memory`, without memory."""
     virtual = config.virtual_pipeline_model_parallel_size
     table = {parameter.name: parameter for parameter in parameters(config.architecture)}
     chunks = []
     for virtual_stage in range(virtual) if virtual else [None]:
         has_embedding, has_head = pipeline.stage_ends(virtual_stage)
-        chunk = Denoiser(config, has_embedding, has_head, mesh.pipeline_rank, virtual_stage)
+        with torch.device("meta"):
+            chunk = Denoiser(config, has_embedding, has_head, mesh.pipeline_rank, virtual_stage)
         here = {name: parameter for name, parameter in table.items() if chunk.holds(parameter)}
         compare(named_parameters([chunk]), here, mesh.tensor_size)
-        initialize(named_parameters([chunk]), here, mesh.tensor_rank, mesh.tensor_size, config.sequence_parallel, seed)
+        allocate(chunk, mesh.device, with_memory)
+        mark(named_parameters([chunk]), here, mesh.tensor_size, config.sequence_parallel)
         chunk.set_visibility(visibility)
-        chunks.append(chunk.to(mesh.device))
+        chunks.append(chunk)
     return chunks
 
 

@@ -191,7 +191,7 @@ class Head(nn.Module):
         self.output.functions = TileFunctions()
         local = self.output.output_size_per_partition
         self.first_id = local * group.rank()
-        ids = torch.arange(self.first_id, self.first_id + local)
+        ids = torch.arange(self.first_id, self.first_id + local, device="cpu")
         self.register_buffer(
             "is_excluded", (ids >= config.vocab_size) | (ids == config.mask_token_id), persistent=False
         )

@@ -136,7 +136,7 @@ class DiTLayer(TransformerLayer):
         self.self_attention.core_attention.num_queries = self.num_outputs
         shard = self.tp_group.rank() if config.sequence_parallel else 0
         sites = [dropout_site(self.layer_number, index, shard) for index in (0, 1)]
-        self.register_buffer("dropout_sites", torch.tensor(sites), persistent=False)
+        self.register_buffer("dropout_sites", torch.tensor(sites, device="cpu"), persistent=False)
 
     def forward(
         self,

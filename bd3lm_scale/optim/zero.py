@@ -13,9 +13,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 
 from bd3lm_scale.config.schema import OptimConfig
 from bd3lm_scale.optim.ema import STATE_KEYS, AdamWithEma, ema_decay_at
+from bd3lm_scale.optim.partition import buffers_without_copies, cut
 from bd3lm_scale.parallel.mesh import Mesh
 from bd3lm_scale.parallel.mpu import ModelParallelUnit
 from bd3lm_scale.parallel.pipeline import embedding_group, tensor_group
@@ -25,11 +27,11 @@ from bd3lm_scale.values import StateSlice
 
 
 class ZeroOptimizer:
-    """A model under DeepSpeed ZeRO 1, 2 or 3 with AdamW and EMA.
+    """A model under DeepSpeed ZeRO 1, 2 or 3 with AdamW and EMA. Its weights are zero until its slices are filled.
 
     Args:
         module: what the engine wraps; its forward takes (chunk number, *inputs).
-        parameters: (global name, parameter) pairs, marked by model.initialize.
+        parameters: (global name, parameter) pairs, marked by model.initialize, without values.
         config: hyper-parameters and ZeRO stage.
         precision: fp32 | bf16.
         micro_batch_size: rows per rank and micro-step (DeepSpeed's bookkeeping only).
@@ -198,17 +200,23 @@ class ZeroOptimizer:
         if self.mesh.device.type == "cpu":  # would be compiled for half a minute at first use
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         parameters = [parameter for _, parameter in self.named]
-        c = self.config
+        c, unit = self.config, ModelParallelUnit()
+        derived = engine_config(c, precision, micro_batch_size)
         adam = AdamWithEma(
             parameters, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, fused=True
         )
-        engine, inner, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=adam,
-            model_parameters=cast(Any, parameters),  # annotated as a module, read as parameters
-            mpu=ModelParallelUnit(),
-            config=engine_config(c, precision, micro_batch_size),
-        )
+        if self.stage == 3:
+            cut(module, unit, derived, parameters[0].dtype)
+        with buffers_without_copies(parameters):
+            engine, optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=adam,
+                model_parameters=cast(Any, parameters),  # annotated as a module, read as parameters
+                mpu=unit,
+                config=derived,
+            )
+        inner = cast(Any, optimizer)
+        inner.flatten = _flatten_dense_tensors  # from here on there are values: gradients
         return engine, inner
 
     def _sum_sequence_parallel_gradients(self) -> None:

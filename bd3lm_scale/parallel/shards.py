@@ -1,6 +1,5 @@
-"""The part of a parameter that a tensor-parallel rank holds, and runs of it as checkpoints describe them."""
+"""Runs of the part of a parameter that a tensor-parallel rank holds, as checkpoints describe them."""
 
-import torch
 from torch import Tensor, nn
 
 from bd3lm_scale.model.parameters import Parameter
@@ -11,15 +10,6 @@ from bd3lm_scale.values import StateSlice
 def description_of(parameter: nn.Parameter) -> Parameter:
     """What `model.initialize` marked a parameter with."""
     return parameter.description  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def shard(whole: Tensor, parameter: Parameter, rank: int, size: int) -> Tensor:
-    """Rank's part of a whole parameter: of each part that is cut for itself, its share, one after the other."""
-    dim = parameter.shard_dim
-    if dim is None or size == 1:
-        return whole
-    parts = whole.split(parameter.parts, dim) if parameter.parts else [whole]
-    return torch.cat([part.chunk(size, dim)[rank] for part in parts], dim)
 
 
 def state_slice(

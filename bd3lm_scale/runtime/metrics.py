@@ -8,6 +8,7 @@ import queue
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,22 +102,29 @@ class MetricsWriter:
 def read_metrics(path: str | Path) -> list[dict]:
     """The metrics of a run (its folder or its metrics.jsonl): the last line per (kind, step) wins.
 
-    Rows come in the order in which their (kind, step) first appeared. Non-finite numbers come back as floats, and
-    lines that are not valid JSON (a torn last line) are left out.
+    Rows come in the order in which their (kind, step) first appeared; see `stream_metrics`.
+    """
+    rows: dict[tuple, dict] = {}
+    for row in stream_metrics(path):
+        rows[row["kind"], row["step"]] = row
+    return list(rows.values())
+
+
+def stream_metrics(path: str | Path) -> Iterator[dict]:
+    """Every line of a run's metrics (its folder or its metrics.jsonl), as it was written, one at a time.
+
+    Non-finite numbers come back as floats, and lines that are not valid JSON (a torn last line) are left out.
     """
     path = Path(path)
-    rows: dict[tuple, dict] = {}
     with open(path / FILE_NAME if path.is_dir() else path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            row = {
+            yield {
                 name: NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()
             }
-            rows[row["kind"], row["step"]] = row
-    return list(rows.values())
 
 
 def to_json(value: Any) -> Any:

@@ -33,6 +33,8 @@ ENDED = "ended"
 MIN_STEPS_FOR_MEDIAN = 3
 BEAT_BYTES = 512
 BEAT_FIELDS = {"node": str, "progress": int, "alive": int, "step": int, "phase": str, "limit": int | float}
+_LOOKS_APART = 3  # intervals between the two looks of a diagnosis
+_INTERVALS_TO_READ = 4  # that the one who looks may need for reading everybody's heartbeats
 RANKS_PER_SECOND = 200  # heartbeats the shared file system gets per second, whatever the size of the run
 
 
@@ -169,21 +171,37 @@ class Watchdog:
             log.warning("cannot write %s: %s", path, error)
 
     def _give_up(self, still_for: float, limit: float) -> None:
-        """Stacks first: they are what a diagnosis needs, and nothing after them is certain to work."""
+        """Stacks first: they are what a diagnosis needs, and nothing after them is certain to work.
+
+        All ranks get here within moments of each other. The first one reads everybody's heartbeats and tells; the
+        others go on beating until it has, or each hung run would cost the file system a read per pair of ranks.
+        """
         try:
             self._write_stacks(still_for)
-            before = read_beats(self.heartbeats.parent, self.attempt)
-            for _ in range(3):  # this rank's own heart must go on beating meanwhile
-                time.sleep(self.interval)
-                self._write()
-            suspects, text = diagnose(before, read_beats(self.heartbeats.parent, self.attempt))
             if self._is_first_to_tell():
-                told = "hang: no progress for %.0f s (limit %.0f s); %s; stacks in %s"
-                log.error(told, still_for, limit, text, self.stacks)
-                report = {"attempt": self.attempt, "ranks": suspects, "text": text}
-                try_write_json(self.stacks.parent / "hang.json", report)
+                self._tell(still_for, limit)
+            else:
+                self._beat_while_another_tells()
         finally:
             os._exit(ExitCode.HANG)
+
+    def _tell(self, still_for: float, limit: float) -> None:
+        before = read_beats(self.heartbeats.parent, self.attempt)
+        for _ in range(_LOOKS_APART):  # this rank's own heart must go on beating meanwhile
+            time.sleep(self.interval)
+            self._write()
+        suspects, text = diagnose(before, read_beats(self.heartbeats.parent, self.attempt))
+        told = "hang: no progress for %.0f s (limit %.0f s); %s; stacks in %s"
+        log.error(told, still_for, limit, text, self.stacks)
+        report = {"attempt": self.attempt, "ranks": suspects, "text": text}
+        try_write_json(self.stacks.parent / "hang.json", report)
+
+    def _beat_while_another_tells(self) -> None:
+        for _ in range(_LOOKS_APART + _INTERVALS_TO_READ):
+            time.sleep(self.interval)
+            self._write()
+            if read_json(self.stacks.parent / "hang.json").get("attempt") == self.attempt:
+                return
 
     def _write_stacks(self, still_for: float) -> None:
         try:
@@ -195,7 +213,7 @@ class Watchdog:
             log.warning("the stacks cannot be written: %s", error)
 
     def _is_first_to_tell(self) -> bool:
-        """All ranks notice within moments of each other; one report is enough."""
+        """Whether no other rank of this attempt has begun to."""
         try:
             (self.stacks / f"told_{self.attempt}").touch(exist_ok=False)
         except FileExistsError:

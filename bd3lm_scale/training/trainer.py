@@ -19,7 +19,7 @@ from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import RowStream
 from bd3lm_scale.diffusion.clip_search import LossMoments, choose_interval, loss_table
-from bd3lm_scale.engine import Engine, build_engine, sum_over_ranks
+from bd3lm_scale.engine import Engine, build_engine, draw_weights, sum_over_ranks
 from bd3lm_scale.errors import BadShardError, CheckpointError, FencedError
 from bd3lm_scale.optim.zero import ZeroOptimizer
 from bd3lm_scale.parallel.agreement import Agreement
@@ -257,8 +257,9 @@ def open_session(
 def build_session(
     config: RunConfig, mesh: Mesh, stream: RowStream, agreement: Agreement, lock: RunLock | None = None
 ) -> Session:
-    """The parts of a run, at step 0 and random weights."""
-    engine = build_engine(config, mesh, stream.vocab_size, stream.mask_token_id, agreement.group)
+    """The parts of a run, at step 0; the weights have no values yet."""
+    vocabulary = (stream.vocab_size, stream.mask_token_id)
+    engine = build_engine(config, mesh, *vocabulary, agreement.group, with_values=False)
     folder = Path(config.run_dir) / "checkpoints"
     store = CheckpointStore(folder, config.checkpoint, mesh.rank, mesh.world_size, new_host_group(), lock)
     plan = BatchPlan(config.train.global_batch_size, config.train.micro_batch_size, mesh.data_rank, mesh.data_size)
@@ -269,7 +270,7 @@ def build_session(
 
 
 def initialize(session: Session, fresh: bool = False, step: int | None = None) -> None:
-    """Take up the run's newest valid checkpoint (or that of `step`), or the weights of train.init_from, or neither."""
+    """Weights from the run's newest valid checkpoint (or that of `step`), or from train.init_from, or drawn."""
     config, reader = session.config, session.store.newest(step)
     if reader is not None:
         session.agreement.run_on_all_ranks(lambda: refuse_differences(reader, config, session.stream, fresh))
@@ -280,6 +281,8 @@ def initialize(session: Session, fresh: bool = False, step: int | None = None) -
             session.store.go_back_to(step)
     elif config.train.init_from:
         start_from(session, config.train.init_from, config.train.init_weights)
+    else:
+        draw_weights(session.engine, config.seed)
     session.store.prepare(session.optimizer.slices())
 
 

@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from bd3lm_scale.model import denoiser
-from bd3lm_scale.model.parameters import Architecture, Parameter, parameters
+from bd3lm_scale.model.parameters import Parameter, parameters
 from bd3lm_scale.parallel.mesh import shutdown
-from bd3lm_scale.parallel.shards import description_of, shard
+from bd3lm_scale.parallel.shards import description_of
 from tests.model.test_fast_decoder import build
 
 
@@ -44,14 +43,3 @@ def test_every_parameter_knows_its_description():
     found = dict(denoiser.named_parameters([model]))
     assert found.keys() == table.keys()
     assert all(description_of(found[name]) is table[name] for name in table)
-
-
-def test_shards_of_a_gate_hold_gate_and_value_of_the_same_units():
-    arch = Architecture(1, 8, 2, 4, 4, 10, mlp="swiglu", ffn_hidden_size=12)
-    fc1 = next(p for p in parameters(arch) if p.name.endswith("linear_fc1.weight"))
-    assert fc1.shape == (24, 8)
-    rows = torch.arange(24.0)[:, None].expand(24, 8)
-    assert [shard(rows, fc1, rank, 2)[:, 0].tolist() for rank in (0, 1)] == [
-        [0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16, 17],
-        [6, 7, 8, 9, 10, 11, 18, 19, 20, 21, 22, 23],
-    ]

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from bd3lm_scale.config.schema import RuntimeConfig
+from bd3lm_scale.runtime import watchdog
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.run_folder import read_json
 from bd3lm_scale.runtime.watchdog import Beat, Watchdog, diagnose, read_beats
@@ -55,6 +56,31 @@ def test_hang_leaves_stacks_and_a_diagnosis(tmp_path):
     assert read_json(tmp_path / "runtime/hang.json")["ranks"] == [1]
     for process in (stuck, waiting):
         process.stderr.close()
+
+
+def test_one_rank_reads_the_heartbeats_of_a_hang(tmp_path, monkeypatch):
+    """The others go on beating, or they would look dead, until it has told; a thousand ranks make 2,000 reads."""
+    reads, beats, codes = [], [], []
+    monkeypatch.setattr(watchdog, "read_beats", lambda *_: reads.append(1) or {})
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    monkeypatch.setattr(Watchdog, "_write", lambda self: beats.append(self.rank))
+    config = RuntimeConfig(heartbeat_seconds=0.01)
+    first, second = (Watchdog(tmp_path, config, rank, 2, "0.0-ab") for rank in (0, 1))
+    first.stacks.mkdir(parents=True)
+    (tmp_path / "runtime/hang.json").write_text('{"attempt": "an older one"}')
+
+    (first.stacks / "told_0.0-ab").touch()
+    second._give_up(10, 1)
+    assert (reads, set(beats), codes) == ([], {1}, [ExitCode.HANG])
+    assert len(beats) > watchdog._LOOKS_APART, "nobody told: it waits longer than a diagnosis takes"
+
+    (first.stacks / "told_0.0-ab").unlink()
+    first._give_up(10, 1)
+    assert len(reads) == 2
+    assert read_json(tmp_path / "runtime/hang.json")["attempt"] == "0.0-ab"
+    beats.clear()
+    second._give_up(10, 1)
+    assert (len(reads), len(beats), codes) == (2, 1, [ExitCode.HANG] * 3), "it leaves once another has told"
 
 
 def test_frozen_process_is_the_suspect(tmp_path):

@@ -1,18 +1,25 @@
 """Reports: what they show comes from the last attempt at each step, and pages stand alone."""
 
+import json
 import math
 import re
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bd3lm_scale.config.load import load_config, to_yaml
 from bd3lm_scale.runtime.metrics import MetricsWriter
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+from report.data import read_run  # noqa: E402
+from report.plots import MAX_POINTS, thinned  # noqa: E402
+
 SCRIPT = ROOT / "tools" / "report_run.py"
 
 
@@ -89,3 +96,29 @@ def test_a_folder_without_figures_is_one_clear_error(tmp_path, content):
     assert "use " in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "report").exists()
+
+
+def test_a_step_of_a_long_run_is_a_few_numbers(tmp_path):
+    """Lines are read one by one and kept as columns: a million steps fit beside the libraries."""
+    line = {"kind": "train", "loss": 3.25, "grad_norm": 0.5, "lr": 1e-3, "clip_low": 0.1, "clip_high": 0.9}
+    line |= {f"figure_{i}": 1.5 * i for i in range(20)} | {"attempt": "0.0", "time": 1.0}
+    sizes = {}
+    for count in (2_000, 42_000):
+        with open(tmp_path / "metrics.jsonl", "w") as file:
+            file.writelines(json.dumps({**line, "step": i, "tokens": 10 * i}) + "\n" for i in range(count))
+        tracemalloc.start()
+        run = read_run(tmp_path)
+        sizes[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert run.num_steps == count
+        assert run.train["tokens"][-1] == 10 * (count - 1)
+    assert (sizes[42_000] - sizes[2_000]) / 40_000 < 250, "bytes per step, of lines that are 700 as text"
+
+
+def test_what_is_drawn_of_a_long_run_is_thinned_and_keeps_its_ends():
+    steps = np.arange(1_000_000.0)
+    few, same = thinned(steps, steps)
+    assert len(few) == MAX_POINTS
+    assert (few[0], few[-1]) == (0, 999_999)
+    assert np.array_equal(few, same)
+    assert np.array_equal(thinned(steps[:100])[0], steps[:100])

@@ -1,24 +1,36 @@
 """The report's figures, one function each: RunData -> Figure, or None where there is nothing to show."""
 
+from array import array
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from report.data import RunData
 
 SIZE = (9.0, 3.6)
+MAX_POINTS = 4000
 INK, FAINT, ACCENT = "#1f4e79", "#a9c4de", "#c05a1a"
 
 
-def smooth(values: Sequence[float], weight: float = 0.97) -> list[float]:
+def smooth(values: np.ndarray, weight: float = 0.97) -> np.ndarray:
     """Exponential moving average without the bias towards its start; non-finite values are passed over."""
-    out, total, mass = [], 0.0, 0.0
-    for value in values:
+    out, total, mass = array("d"), 0.0, 0.0
+    for value in array("d", values.tobytes()):
         if value - value == 0:  # neither nan nor infinite
             total, mass = weight * total + (1 - weight) * value, weight * mass + (1 - weight)
         out.append(total / mass if mass else value)
-    return out
+    return np.frombuffer(out) if out else np.zeros(0)
+
+
+def thinned(*columns: np.ndarray) -> list[np.ndarray]:
+    """The same few thousand points of each column, evenly spaced, the first and the last among them."""
+    count = len(columns[0])
+    if count <= MAX_POINTS:
+        return list(columns)
+    chosen = np.linspace(0, count - 1, MAX_POINTS).round().astype(int)
+    return [column[chosen] for column in columns]
 
 
 def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -34,14 +46,21 @@ def _column(rows: Sequence[dict], name: str) -> list[float]:
     return [row[name] for row in rows]
 
 
+def _drawable(run: RunData, *names: str) -> list[np.ndarray]:
+    """Training columns where all of them say something; shorter than the run, or empty."""
+    there = ~np.any([np.isnan(run.train[name]) for name in names[1:]], axis=0)
+    return [run.train[name][there] for name in names]
+
+
 def loss(run: RunData) -> Figure | None:
     """Training loss against steps, with its running mean."""
-    if not run.train:
+    if not run.num_steps:
         return None
     figure, axes = _axes("step", "loss (nats per token)")
-    steps, values = _column(run.train, "step"), _column(run.train, "loss")
+    steps, values = run.train["step"], run.train["loss"]
+    steps, values, mean = thinned(steps, values, smooth(values))
     axes.plot(steps, values, color=FAINT, linewidth=0.8, label="per step")
-    axes.plot(steps, smooth(values), color=INK, label="running mean")
+    axes.plot(steps, mean, color=INK, label="running mean")
     axes.legend()
     return figure
 
@@ -76,53 +95,51 @@ def variance(run: RunData) -> Figure | None:
 
 def clip(run: RunData) -> Figure | None:
     """Which times training draws from, over the run."""
-    rows = [row for row in run.train if "clip_low" in row and "clip_high" in row]
-    if not rows:
+    steps, low, high = thinned(*_drawable(run, "step", "clip_low", "clip_high"))
+    if not len(steps):
         return None
     figure, axes = _axes("step", "diffusion time")
-    low, high = _column(rows, "clip_low"), _column(rows, "clip_high")
-    axes.fill_between(_column(rows, "step"), low, high, step="post", color=FAINT)
+    axes.fill_between(steps, low, high, step="post", color=FAINT)
     axes.set_ylim(0, 1)
     return figure
 
 
 def speed(run: RunData) -> Figure | None:
     """Tokens per second."""
-    if not run.speed:
+    if not len(run.speed):
         return None
     figure, axes = _axes("training line", "tokens per second")
-    axes.plot(run.speed, color=FAINT, linewidth=0.8)
-    axes.plot(smooth(run.speed), color=INK)
+    line, speed, mean = thinned(np.arange(len(run.speed)), run.speed, smooth(run.speed))
+    axes.plot(line, speed, color=FAINT, linewidth=0.8)
+    axes.plot(line, mean, color=INK)
     axes.set_ylim(bottom=0)
     return figure
 
 
 def optimizer(run: RunData) -> Figure | None:
     """Gradient norm before clipping, and learning rate."""
-    rows = [row for row in run.train if "grad_norm" in row and "lr" in row]
-    if not rows:
+    steps, norms, rate = _drawable(run, "step", "grad_norm", "lr")
+    if not len(steps):
         return None
     figure, axes = _axes("step", "gradient norm")
-    steps, norms = _column(rows, "step"), _column(rows, "grad_norm")
+    steps, norms, rate, mean = thinned(steps, norms, rate, smooth(norms))
     axes.plot(steps, norms, color=FAINT, linewidth=0.8)
-    axes.plot(steps, smooth(norms), color=INK)
+    axes.plot(steps, mean, color=INK)
     axes.set_yscale("log")
     right = axes.twinx()
-    right.plot(steps, _column(rows, "lr"), color=ACCENT, linestyle="--")
+    right.plot(steps, rate, color=ACCENT, linestyle="--")
     right.set_ylabel("learning rate (dashed)", color=ACCENT)
     return figure
 
 
 def restarts(run: RunData) -> Figure | None:
     """Steps against wall-clock time; a line marks the start of each attempt."""
-    rows = [row for row in run.train if "time" in row]
-    if not rows:
+    steps, seconds = thinned(*_drawable(run, "step", "time"))
+    if not len(steps):
         return None
     figure, axes = _axes("hours since the start", "step")
     began = min(start for _, start, _ in run.attempts)
-    axes.plot(
-        [(row["time"] - began) / 3600 for row in rows], _column(rows, "step"), color=INK, marker=".", markersize=2
-    )
+    axes.plot((seconds - began) / 3600, steps, color=INK, marker=".", markersize=2)
     for attempt, start, _ in run.attempts[1:]:
         axes.axvline((start - began) / 3600, color=ACCENT, linestyle=":")
         axes.annotate(attempt, ((start - began) / 3600, 0), color=ACCENT, fontsize=8)

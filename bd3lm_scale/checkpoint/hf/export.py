@@ -104,6 +104,7 @@ def export_hf(
     tokenizer: TokenizerLike | None = None,
     figures: dict[str, Any] | None = None,
     sampler: str | None = None,
+    end_of_turn: int | None = None,
 ) -> ExportReport:
     """Write a checkpoint as a Hugging Face folder.
 
@@ -116,6 +117,7 @@ def export_hf(
         tokenizer: the run's tokenizer; None leaves it out.
         figures: training figures for the model card.
         sampler: what `generate` uses unless told otherwise; None: the run's (sampling.sampler).
+        end_of_turn: the token that the tokenizer's chat template writes behind answers; `generate` ends there, too.
 
     Raises:
         ValueError: an unknown choice, a sampler that the exported class does not have, or a checkpoint whose tensors do
@@ -145,7 +147,7 @@ def export_hf(
         parse_size(max_shard_size),
     )
     _write_json(destination / "config.json", fields)
-    _write_json(destination / "generation_config.json", generation_fields(config, written, chosen))
+    _write_json(destination / "generation_config.json", generation_fields(config, written, chosen, end_of_turn))
     for name in CODE_FILES:
         shutil.copyfile(Path(__file__).with_name(name), destination / name)
     used = "ema" if kind == "ema" else "raw"
@@ -242,7 +244,9 @@ def chosen_sampler(config: RunConfig, sampler: str | None = None) -> str:
     return name
 
 
-def generation_fields(config: RunConfig, tokenizer: TokenizerReport | None, sampler: str) -> dict[str, Any]:
+def generation_fields(
+    config: RunConfig, tokenizer: TokenizerReport | None, sampler: str, end_of_turn: int | None = None
+) -> dict[str, Any]:
     """The content of generation_config.json: defaults of `generate`, what the run's sampling section says.
 
     bos_token_id is what text without a prompt starts with: the token that precedes documents in training rows, which
@@ -264,6 +268,8 @@ def generation_fields(config: RunConfig, tokenizer: TokenizerReport | None, samp
         fields |= {f"{n}_token_id": tokenizer.ids[f"{n}_token_id"] for n in ("bos", "eos", "pad")}
         if not config.data.wrap_rows:
             fields["bos_token_id"] = fields["eos_token_id"]
+        if end_of_turn not in (None, fields["eos_token_id"]):
+            fields["eos_token_id"] = [fields["eos_token_id"], end_of_turn]
     return fields
 
 

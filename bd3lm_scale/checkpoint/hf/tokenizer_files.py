@@ -1,7 +1,9 @@
 """Tokenizers as transformers reads them: one tokenizer.json for every kind, loadable without sentencepiece.
 
 Special ids cannot be produced by text (`split_special_tokens`), nothing is added around text, the mask is never the
-padding. The original files (tokenizer.model, vocab.json, ...) are copied too: from-hf takes them back unchanged.
+padding. A tokenizer with a chat template takes the names of special tokens for the tokens, as `apply_chat_template`
+needs: transformers tokenizes what the template has written as one text. The original files (tokenizer.model,
+vocab.json, ...) are copied too: from-hf takes them back unchanged.
 """
 
 import base64
@@ -15,6 +17,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 """SentencePiece's types of pieces."""
 UNIGRAM, BPE = 1, 2
 SPACE = "\u2581"
+CHAT_TEMPLATE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 NEVER = -1e6
 """Score of pieces that no text may produce."""
 
@@ -40,6 +43,11 @@ class TokenizerLike(Protocol):
     @property
     def special_text(self) -> dict[int, str]:
         """How each special id is written."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """What turns messages into text."""
         ...
 
     def save(self, folder: str | Path) -> None:
@@ -85,6 +93,8 @@ def export_tokenizer(tokenizer: TokenizerLike, folder: Path, vocab_size: int, ma
             for token in content["added_tokens"]
         },
     }
+    if tokenizer.chat_template is not None:
+        settings |= {"chat_template": tokenizer.chat_template, "split_special_tokens": False}
     roles = {f"{role}_token": text[token] for role, token in special.items()}
     unknown = content["model"].get("unk_token")
     if unknown is not None:
@@ -107,13 +117,20 @@ def original_files(folder: Path) -> list[Path]:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> bool:
-    """Copy a Hugging Face folder's tokenizer for our own use; False when it has none."""
+    """Copy a Hugging Face folder's tokenizer, its chat template included, for our own use; False when it has none."""
     files = original_files(source)
-    if files:
-        folder.mkdir(parents=True, exist_ok=True)
+    if not files:
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)
-    return bool(files)
+    if (source / CHAT_TEMPLATE).is_file():
+        shutil.copyfile(source / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+    elif (source / _SETTINGS).is_file() and not (folder / _SETTINGS).exists():
+        template = json.loads((source / _SETTINGS).read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(template, str):
+            (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    return True
 
 
 # ---- the kinds -----------------------------------------------------------------------------------------------------

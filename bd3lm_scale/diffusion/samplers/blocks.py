@@ -90,6 +90,9 @@ class Batch:
             if end is not None:
                 self.finish[row], self.final_length_B[row] = end
                 goes_on[place] = False
+        if self.request.on_text is not None and len(self.rows) and self.rows[0] == 0:
+            end = min(num_done, int(self.final_length_B[0]))
+            self.request.on_text(tuple(self.tokens_BT[0, self.prompt_length_B[0] : end].tolist()))
         if goes_on.all():
             return None
         self.rows = self.rows[goes_on]

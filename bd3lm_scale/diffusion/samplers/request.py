@@ -3,6 +3,7 @@
 Shapes: B samples, S positions of one block.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +33,7 @@ class SampleRequest:
         device: where the network's inputs go.
         infill: prompts are whole samples; their masks are written and everything else is kept. A block sees what
             is given before it and in it only.
+        on_text: told the new tokens of the first sample so far, each time some are added.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -43,6 +45,7 @@ class SampleRequest:
     stop: StopRule = field(default_factory=StopRule)
     device: torch.device | str = "cpu"
     infill: bool = False
+    on_text: Callable[[tuple[int, ...]], object] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:

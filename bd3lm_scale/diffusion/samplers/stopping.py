@@ -16,10 +16,12 @@ class StopRule:
         eos_token_id: end just after the first such token that follows the prompt; None never does.
         min_entropy: end where the unigram entropy, in nats, of the last 256 tokens falls below this, and cut these
             tokens off; looked at only in samples longer than 256. None never does.
+        end_of_turn: another token that ends a sample as EOS does.
     """
 
     eos_token_id: int | None = None
     min_entropy: float | None = None
+    end_of_turn: int | None = None
 
     def check(self, tokens: np.ndarray, prompt_length: int, num_checked: int) -> tuple[str, int] | None:
         """(reason, final length) where the sample ends, None where it goes on.
@@ -29,9 +31,10 @@ class StopRule:
             prompt_length: tokens of the prompt, which never end a sample.
             num_checked: tokens already searched for the end of text.
         """
-        if self.eos_token_id is not None:
+        ends = [token for token in (self.eos_token_id, self.end_of_turn) if token is not None]
+        if ends:
             first = max(prompt_length, num_checked)
-            found = np.flatnonzero(tokens[first:] == self.eos_token_id)
+            found = np.flatnonzero(np.isin(tokens[first:], ends))
             if found.size:
                 return "eos", first + int(found[0]) + 1
         if self.min_entropy is None or len(tokens) <= ENTROPY_WINDOW:

@@ -14,15 +14,18 @@ import torch
 
 from bd3lm_scale.checkpoint.hf.export import export_hf
 from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
+from bd3lm_scale.checkpoint.hf.tokenizer_files import export_tokenizer
 from bd3lm_scale.checkpoint.metadata import weights_meta
 from bd3lm_scale.checkpoint.reader import open_checkpoint
 from bd3lm_scale.checkpoint.write import write_weights
 from bd3lm_scale.config.checks import padded_vocab_size
 from bd3lm_scale.config.sizes import parameters
+from bd3lm_scale.data.chat import ChatFormat
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
 from tests.checkpoint.layouts import whole_state
 from tests.checkpoint.test_conversion import configuration
+from tests.data.templates import MARKED, turns
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("use_export.py")
@@ -48,6 +51,11 @@ def exports(tmp_path_factory):
         "tokens": tokens, "pair": torch.cat([noisy, tokens], dim=1), "sigma": torch.tensor([0.5, 1.0]),
         "texts": texts[8:], "ids": [tokenizer.encode(text) for text in texts[8:]],
     }  # fmt: skip
+    (folder / "chat.jinja").write_text(MARKED)
+    chat = load_tokenizer(folder / "tokenizer", folder / "chat.jinja")
+    export_tokenizer(chat, folder / "chat", size, mask)
+    expected["messages"] = turns("def f(x):", "return x", "more", "x", system="short")
+    expected["chat"] = ChatFormat(chat).encode(expected["messages"]).text
     for objective in ("bd3lm", "mdlm", "sedd", "ar"):
         config = configuration(objective)
         config = replace(config, data=replace(config.data, context_length=64))

@@ -9,8 +9,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from bd3lm_scale.checkpoint.hf.tokenizer_files import copy_tokenizer, export_tokenizer, read_sentencepiece
+from bd3lm_scale.data.chat import ChatFormat
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
+from tests.data.templates import MARKED, turns, write_tokenizer
 
 SOURCES = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 HARD = [
@@ -143,6 +145,30 @@ def test_hugging_face_folders_gain_the_mask(gpt2, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "first")
     assert tokenizer.kind == "hugging_face"
     check_special(tokenizer, exported(tokenizer, tmp_path / "hf"))
+
+
+def test_the_chat_template_goes_into_the_folder_and_back(sentencepiece, tmp_path):
+    (tmp_path / "t.jinja").write_text(MARKED)
+    folder = write_tokenizer(tmp_path / "chatml", MARKED)
+    plain, byte_level = sentencepiece.files[0], load_tokenizer(folder)
+    for name, tokenizer in {"ours": load_tokenizer(plain, tmp_path / "t.jinja"), "theirs": byte_level}.items():
+        hugging_face = exported(tokenizer, tmp_path / name)
+        messages = turns("def f(x):", "return x", "more", "print(x)", system="short")
+        found = hugging_face.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ours = ChatFormat(tokenizer).encode(messages)
+        assert hugging_face.decode(found["input_ids"]) == ours.text
+        assert "<|im_end|>" in ours.text
+        if name == "theirs":
+            assert found["input_ids"] == ours.ids
+            assert found["assistant_masks"] == ours.is_target
+            prompt = hugging_face.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=False)
+            assert prompt == ChatFormat(tokenizer).prompt(messages[:2])
+        assert copy_tokenizer(tmp_path / name, tmp_path / f"{name}_back")
+        back = load_tokenizer(tmp_path / f"{name}_back")
+        assert back.chat_template == MARKED
+        assert ChatFormat(back).encode(messages).ids == ours.ids
+        hugging_face.save_pretrained(tmp_path / f"{name}_again")
+        assert AutoTokenizer.from_pretrained(tmp_path / f"{name}_again").chat_template == MARKED
 
 
 def test_another_tokenizer_is_refused(gpt2, tmp_path):

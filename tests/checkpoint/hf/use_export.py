@@ -27,6 +27,11 @@ def main(folder: Path) -> None:
         check_text(model, source, expected)
         check_training(model, expected["tokens"])
         check_saving(model, source, folder / f"{objective}_again", expected["tokens"], expected["sigma"])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "chat")
+    found = tokenizer.apply_chat_template(expected["messages"], return_dict=True, return_assistant_tokens_mask=True)
+    assert tokenizer.decode(found["input_ids"]) == expected["chat"]
+    answers = [i for i, mark in zip(found["input_ids"], found["assistant_masks"], strict=True) if mark]
+    assert tokenizer.decode(answers) == "return x<|im_end|>x<|im_end|>"
     generate = pipeline(
         "text-generation",
         model=str(folder / "bd3lm"),

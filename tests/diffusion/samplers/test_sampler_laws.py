@@ -144,6 +144,9 @@ def test_end_of_text_ends_a_sample_just_after_its_first_one_behind_the_prompt():
     assert rule.check(tokens, prompt_length=1, num_checked=5) == ("eos", 6)
     assert rule.check(tokens[:4], prompt_length=3, num_checked=0) is None
     assert StopRule().check(tokens, 0, 0) is None
+    assert StopRule(eos_token_id=9, end_of_turn=4).check(tokens, 3, 0) == ("eos", 4), "either ends a sample"
+    assert StopRule(eos_token_id=9, end_of_turn=3).check(tokens, 3, 0) == ("eos", 5)
+    assert StopRule(end_of_turn=3).check(tokens, 3, 0) == ("eos", 7)
 
 
 @pytest.mark.parametrize("name", ["first_hitting", "mdlm", "ar"])
