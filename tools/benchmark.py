@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure the parts of a run: train, sample, data, checkpoint, attention.
+"""Measure the parts of a run: train, sample, data, checkpoint, attention; rehearse a micro-batch without a GPU.
 
 Rates are per CPU-second on one thread unless a part says otherwise, and comparisons are ratios within one run:
 machines differ, ratios travel. Each part lives in tools/benchmarks/ and returns its figures as a flat dict.
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-PARTS = ("train", "sample", "data", "checkpoint", "attention")
+PARTS = ("train", "sample", "data", "checkpoint", "attention", "rehearse")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ _ROW_MULTIPLE = 128
 
 def linear_fp32(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
     """x W^T + b in fp32 (R, V) from operands of any dtype: bf16 products are summed in fp32 and never rounded."""
-    if weight_VD.is_cuda and weight_VD.dtype != torch.float32:
+    if weight_VD.device.type != "cpu" and weight_VD.dtype != torch.float32:
         product = torch.mm(x_RD, weight_VD.t(), out_dtype=torch.float32)
         return product if bias_V is None else product.add_(bias_V)
     return F.linear(x_RD.float(), weight_VD.float(), None if bias_V is None else bias_V.float())
@@ -98,7 +98,7 @@ class _TiledScores(torch.autograd.Function):
         local_R = target_R - first_id
         is_here_R = (local_R >= 0) & (local_R < len(weight_VD))
         local_R = torch.where(is_here_R, local_R, 0)
-        operand_VD = weight_VD if weight_VD.is_cuda else weight_VD.float()  # once, and not for every tile
+        operand_VD = weight_VD.float() if weight_VD.device.type == "cpu" else weight_VD  # once, and not for every tile
         scores, product_TV = [], None
         for hidden_TD, local_T in zip(hidden_RD.split(tile_rows), local_R.split(tile_rows), strict=True):
             product_TV = linear_fp32(hidden_TD, operand_VD, None)
@@ -116,7 +116,7 @@ class _TiledScores(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden_RD, weight_VD, bias_V, local_R, is_here_R, logsumexp_R, kept = ctx.saved_tensors
         rows = (hidden_RD, local_R, logsumexp_R, torch.where(is_here_R, grads[0][0], 0.0), grads[0][1].contiguous())
-        operand_VD = weight_VD if weight_VD.is_cuda else weight_VD.float()
+        operand_VD = weight_VD.float() if weight_VD.device.type == "cpu" else weight_VD
         grad_hidden, grad_weight_VD, grad_bias_V = [], None, torch.zeros_like(bias_V)
         for hidden_TD, *numbers in zip(*(t.split(ctx.tile_rows) for t in rows), strict=True):
             product_TV = linear_fp32(hidden_TD, operand_VD, None) if kept is None else kept
