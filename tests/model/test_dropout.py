@@ -52,6 +52,15 @@ def test_the_mask_is_a_function_of_key_and_site_alone():
     assert_unrelated([first != 0, *(keyed_dropout(x, RATE, key(k), site(*place)) != 0 for k, *place in others)])
 
 
+def test_every_site_has_a_stretch_of_philox_of_its_own():
+    """On CUDA 2^36 numbers from a place that fits 63 bits, for as many layers and ranks as a configuration may have."""
+    sites = [
+        dropout_site(layer, index, shard) for layer in (1, 2, 10_000) for index in (0, 1) for shard in (0, 1, 4095)
+    ]
+    assert len(set(sites)) == len(sites)
+    assert max(sites) << 36 < 2**63
+
+
 def test_gradients_pass_where_values_did():
     x = torch.ones(64, 64, requires_grad=True)
     out = keyed_dropout(x, RATE, key(7), site(1, 0, 0))

@@ -1,12 +1,13 @@
 """A micro-batch of a configuration at its real sizes, on meta tensors: what a GPU would be asked to do, counted.
 
-The real build, forward and backward of one stage's ranks (one process, tensor-parallel size 1), as eager torch runs them:
-every operation that is no view is a kernel that reads its inputs and writes its outputs. Nothing is computed and no
-GPU is needed, so the counts are the same on every machine. FlexAttention is stood for by one kernel forward and two
-backward, with the operations of the pairs that the visibility rule allows.
+The real build, forward and backward of a process that holds the whole model, as eager torch runs them: an operation
+that is no view is a kernel that reads its inputs and writes its outputs. Nothing is computed and no GPU is needed, so
+the counts are the same on every machine. Attention is stood for by one kernel forward and two backward, with the
+operations of the pairs that the visibility rule allows.
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -38,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return rehearse(load_config(args.config, args.set))
+    config = load_config(args.config, args.set)
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    cut = [f"parallel.{name}=1" for name in sizes if getattr(config.parallel, name) > 1]
+    if cut:
+        sys.exit(f"{args.config}: the rehearsal holds the whole model in one process; add --set {' '.join(cut)}")
+    return rehearse(config)
 
 
 class Counts(TorchDispatchMode):
@@ -76,8 +82,8 @@ def _bytes(tensor: Tensor) -> int:
     return count * tensor.element_size()
 
 
-class _Flex(torch.autograd.Function):
-    """Stands for FlexAttention's kernels."""
+class _Attention(torch.autograd.Function):
+    """Stands for the kernels of attention."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -109,16 +115,20 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
 
     counts = Counts()
 
-    def flex(_pattern: AttentionPattern, query: Tensor, key: Tensor, value: Tensor, num_queries: int) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
         counts.kernels += 1 + 2
         size = sum(map(_bytes, (query, key, value)))
         counts.bytes += size + _bytes(query) + 2 * (size + _bytes(query)) + size
-        share = num_queries / config.sequence_length
+        share = query.shape[2] / config.sequence_length
         pairs = attention_pairs(config) * query.shape[0] * query.shape[1] * share
         counts.flops += int((4 + 10) * pairs * query.shape[3])
-        return _Flex.apply(query, key, value)
+        return _Attention.apply(query, key, value)
 
-    with mock.patch.object(AttentionPattern, "_flex", flex):
+    def flex(_: AttentionPattern, query: Tensor, key: Tensor, value: Tensor, num_queries: int) -> Tensor:
+        return attend(query, key, value)
+
+    patched = mock.patch.object(AttentionPattern, "_flex", flex)
+    with patched, mock.patch("bd3lm_scale.model.attention._attention", attend):
         to_meta(chunk)
         noisy, index_R, target_R, key = fake_batch(config)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counts:
