@@ -132,6 +132,21 @@ def draw_weights(engine: Engine, seed: int) -> None:
         engine.optimizer.reset_ema()
 
 
+def staged(engine: Engine, config: RunConfig) -> Engine:
+    """The same parts with the process of another configuration of the run: a stage of its block-size schedule."""
+    process = engine.process
+    length, vocab_size, mask = process.context_length, process.vocab_size, process.mask_token_id
+    return replace(engine, process=make_process(config.diffusion, length, vocab_size, mask))
+
+
+def show_blocks(engine: Engine, config: RunConfig) -> None:
+    """Let the network's tokens see each other in the blocks of this configuration from now on."""
+    visibility = training_visibility(config.diffusion.objective, config.data.context_length, config.block_size)
+    for chunk in engine.chunks:
+        chunk.set_visibility(visibility.first(engine.transformer.sequence_length))
+        chunk.prepare_attention()
+
+
 def compiles(config: RunConfig, device: torch.device) -> bool:
     """Whether the layers are compiled. ZeRO-3 gathers weights in hooks, which would cut their graphs."""
     if config.train.compile is not None:

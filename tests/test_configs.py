@@ -29,7 +29,7 @@ def tokens(name) -> int:
 def test_every_config_runs_on_the_smallest_world_and_on_larger_ones(path):
     config = load_config(path)
     group = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
-    vocab_size = BERT_VOCAB if path.stem.startswith("lm1b") else GPT2_VOCAB
+    vocab_size = config.model.vocab_size or (BERT_VOCAB if path.stem.startswith("lm1b") else GPT2_VOCAB)
     for replicas in (1, 2, 4, 8, 16):
         assert problems(config, group * replicas, vocab_size) == []
         text = summary(config, group * replicas, vocab_size)
@@ -103,6 +103,16 @@ def test_the_papers_runs_have_the_papers_hyper_parameters(path):
     if "block" in path.stem:
         assert config.block_size == int(path.stem.split("block")[1])
         assert config.diffusion.clip_search.widths == (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("convert_qwen3_0.6b_block16", 596_049_920), ("convert_llama3.2_1b_block16", 1_235_814_400)],
+)
+def test_converted_models_have_the_published_sizes(name, published):
+    config = config_of(name)
+    assert f"parameters  {published:,}," in summary(config, 1)
+    assert config.diffusion.shift_targets
 
 
 def test_large_configs_have_the_size_in_their_name():

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [case for case in cases() if not args.only or case.name in args.only]
     try:
         _remember(output, _settings(args))
-        data = Path(args.data) if args.data else _prepare(args, output)
+        data = Path(args.data) if args.data else prepare(args, output)
         with tqdm(chosen, desc="runs", unit="run", position=0) as bar:
             for case in bar:
                 bar.set_description(case.name)
@@ -110,8 +110,8 @@ def _compare_noises(args: argparse.Namespace, output: Path) -> int:
     output, report = output / "noises", Path(args.report)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        data = Path(args.data) if args.data else _prepare(args, output)
-        figures = noises.run_all(args, data, output, report.with_suffix("") / "noises.json", _call)
+        data = Path(args.data) if args.data else prepare(args, output)
+        figures = noises.run_all(args, data, output, report.with_suffix("") / "noises.json", call)
     except (ValueError, OSError) as problem:
         print(f"compare_objectives: {problem}", file=sys.stderr)
         return 1
@@ -183,22 +183,22 @@ def _remember(output: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _prepare(args: argparse.Namespace, output: Path) -> Path:
+def prepare(args: argparse.Namespace, output: Path) -> Path:
     """Tokenizer and shards of the text; what is there already stays."""
     data, tokenizer = output / "data", output / "tokenizer"
     texts = args.text or [str(DEMO_CORPUS)]
     if not args.text and not DEMO_CORPUS.exists():
-        _call([str(ROOT / "tools" / "prepare_data.py"), "--demo", "--output", str(DEMO_CORPUS.parents[1])])
+        call([str(ROOT / "tools" / "prepare_data.py"), "--demo", "--output", str(DEMO_CORPUS.parents[1])])
     if not tokenizer.exists():
         temporary = output / ".tokenizer"
         shutil.rmtree(temporary, ignore_errors=True)
         size = ["--vocab-size", str(args.vocab_size), "--output", str(temporary)]
-        _call([str(ROOT / "tools" / "train_tokenizer.py"), *texts, *size])
+        call([str(ROOT / "tools" / "train_tokenizer.py"), *texts, *size])
         temporary.rename(tokenizer)
     options = ["--tokenizer", str(tokenizer), "--output", str(data), "--workers", "0", "--shard-tokens", str(1 << 18)]
     options += ["--document", args.document, "--chunk-tokens", str(1 << 14)]
     options += ["--validation-fraction", str(args.validation_fraction)]
-    _call([str(ROOT / "tools" / "prepare_data.py"), *texts, *options])
+    call([str(ROOT / "tools" / "prepare_data.py"), *texts, *options])
     return data
 
 
@@ -228,17 +228,17 @@ def _run(case: Case, args: argparse.Namespace, data: Path, output: Path) -> None
     if case.opens_gates:
         start = output / f"{case.name}_start"
         shutil.rmtree(start, ignore_errors=True)
-        _call([str(ROOT / "tools" / "compare_gates.py"), str(config), str(start), *overrides])
+        call([str(ROOT / "tools" / "compare_gates.py"), str(config), str(start), *overrides])
         overrides.append(f"train.init_from={start}")
-    _call(["-m", "bd3lm_scale.train", str(config), *overrides])
+    call(["-m", "bd3lm_scale.train", str(config), *overrides])
     figures.parent.mkdir(exist_ok=True)
     temporary = figures.with_suffix(".unfinished")
     score = ["--rows", str(args.rows), "--variance", "--noise-draws", str(args.noise_draws), "--json", str(temporary)]
-    _call(["-m", "bd3lm_scale.evaluate", str(run_dir), *score, f"evaluation.draws={case.draws}", "runtime.device=cpu"])
+    call(["-m", "bd3lm_scale.evaluate", str(run_dir), *score, f"evaluation.draws={case.draws}", "runtime.device=cpu"])
     temporary.rename(figures)
 
 
-def _call(arguments: list[str]) -> None:
+def call(arguments: list[str]) -> None:
     """Run Python with these arguments on one thread; what it prints is kept in sight."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *arguments], env=environment, check=False)

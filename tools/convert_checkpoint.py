@@ -2,7 +2,8 @@
 """Convert checkpoints; every conversion ends with a comparison of logits and appears whole or not at all.
 
     to-hf          RUN|CHECKPOINT DST    a Hugging Face folder, from any layout, without GPUs
-    from-hf        FOLDER DST            native weights, from our exports and from published BD3-LM checkpoints
+    from-hf        FOLDER DST            native weights, from our exports, published BD3-LM checkpoints, and decoders
+                                         (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
     from-lightning FILE.ckpt DST         native weights and EMA, from the reference implementation's checkpoints
     reshard        RUN|CHECKPOINT DST    the same checkpoint in other files, or its weights alone
     verify         PATH                  checksums, shapes and finite numbers of a run, a checkpoint or a HF folder
@@ -24,8 +25,10 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from bd3lm_scale.checkpoint.hf.decoders import import_decoder, is_other_architecture
 from bd3lm_scale.checkpoint.hf.export import ExportReport, export_hf
 from bd3lm_scale.checkpoint.hf.importing import import_hf
+from bd3lm_scale.checkpoint.hf.mask_token import write_tokenizer
 from bd3lm_scale.checkpoint.hf.tokenizer_files import copy_tokenizer
 from bd3lm_scale.checkpoint.lightning import import_lightning
 from bd3lm_scale.checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
@@ -136,6 +139,8 @@ def _print_export(destination: str, checkpoint: Path, report: ExportReport) -> N
 def from_hf(args: argparse.Namespace) -> int:
     """Import a Hugging Face folder as native weights."""
     source = Path(args.source)
+    if is_other_architecture(source):
+        return from_decoder(args, source)
     tensors, meta = import_hf(source, args.overrides)
     with appearing(Path(args.destination)) as folder:
         write_weights(folder, tensors, meta)
@@ -143,6 +148,23 @@ def from_hf(args: argparse.Namespace) -> int:
         if not args.no_check:
             _check_logits(folder, lambda check: check.load_exported(source), "raw", "fp32")
     _print_import(args, meta, has_tokenizer)
+    return 0
+
+
+def from_decoder(args: argparse.Namespace, source: Path) -> int:
+    """Import a Llama or Qwen folder as native weights of objective ar, with a mask token."""
+    tokenizer = source if args.tokenizer is None else Path(args.tokenizer)
+    decoder = import_decoder(source, tokenizer, args.overrides)
+    with appearing(Path(args.destination)) as folder:
+        write_weights(folder, decoder.weights, decoder.meta)
+        has_tokenizer = write_tokenizer(tokenizer, folder / "tokenizer", decoder.mask)
+        if has_tokenizer:
+            check_tokenizer(folder / "tokenizer", decoder.meta)
+        if not args.no_check:
+            rows = decoder.mask.vocab_size
+            _check_logits(folder, lambda check: check.load_decoder(source, rows), "raw", "fp32")
+    _print_import(args, decoder.meta, has_tokenizer)
+    print(f"mask        {decoder.mask.text} ({decoder.mask.token_id}): {decoder.mask.origin}")
     return 0
 
 
@@ -203,7 +225,11 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def _verify_hf(source: Path) -> int:
     """Names, shapes and finite numbers of a Hugging Face folder."""
-    tensors, meta = import_hf(source)
+    if is_other_architecture(source):
+        decoder = import_decoder(source)
+        tensors, meta = decoder.weights, decoder.meta
+    else:
+        tensors, meta = import_hf(source)
     count, bad = 0, []
     for name, _, tensor in tensors:
         count += 1
@@ -241,6 +267,12 @@ def _add_tokenizer(given: str | None, folder: Path, meta: dict[str, Any], source
         load_tokenizer(given).save(folder)
     elif source is None or not copy_tokenizer(source, folder):
         return False
+    check_tokenizer(folder, meta)
+    return True
+
+
+def check_tokenizer(folder: Path, meta: dict[str, Any]) -> None:
+    """ValueError where the tokenizer's ids or mask are not the model's."""
     found = load_tokenizer(folder)
     if (found.vocab_size, found.mask_token_id) != (meta["vocab_size"], meta["mask_token_id"]):
         raise ValueError(
@@ -248,7 +280,6 @@ def _add_tokenizer(given: str | None, folder: Path, meta: dict[str, Any], source
             f"{meta['vocab_size']} with mask {meta['mask_token_id']}; give the right one with --tokenizer, "
             "or say mask_token_id=N"
         )
-    return True
 
 
 def _check_logits(checkpoint: Path, load: Callable[[Any], Any], weights: str, dtype: str) -> None:

@@ -5,13 +5,16 @@ The two share no code: Megatron's layers on one side, the exported class on the 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 
 from bd3lm_scale.checkpoint.hf.configuration_bd3lm import BD3LMConfig
+from bd3lm_scale.checkpoint.hf.decoders import KINDS
 from bd3lm_scale.checkpoint.hf.export import config_fields, kind_of, published_tensor
-from bd3lm_scale.checkpoint.hf.importing import hf_config_of, read_config
+from bd3lm_scale.checkpoint.hf.importing import hf_config_of, read_config, read_json
 from bd3lm_scale.checkpoint.hf.modeling_bd3lm import BD3LM
 from bd3lm_scale.checkpoint.names import PREFIX, Architecture, rotary_frequencies, table
 from bd3lm_scale.checkpoint.reader import CheckpointReader
@@ -43,12 +46,12 @@ class Comparison:
         )
 
 
-def compare(checkpoint: Path, model: BD3LM, weights: str) -> Comparison:
+def compare(checkpoint: Path, model: "BD3LM | PlainDecoder", weights: str) -> Comparison:
     """Compare a native checkpoint with a model of the exported class, both in float32 on the CPU.
 
     Args:
         checkpoint: native checkpoint folder.
-        model: the exported class, float32.
+        model: the exported class or a decoder of transformers, float32.
         weights: "ema" or "raw", of the checkpoint.
     """
     overrides = ["precision=fp32", "runtime.device=cpu", "model.attention=dense", "sampling.window=null"]
@@ -96,7 +99,7 @@ def native_logits(model, config: RunConfig, tokens_BL: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def exported_logits(model: BD3LM, config: RunConfig, tokens_BL: Tensor) -> Tensor:
+def exported_logits(model: "BD3LM | PlainDecoder", config: RunConfig, tokens_BL: Tensor) -> Tensor:
     """The same logits from the exported class."""
     is_conditioned = config.diffusion.objective in ("mdlm", "sedd")
     sigma_B = torch.full((len(tokens_BL),), 0.5 if is_conditioned else 0.0)
@@ -110,6 +113,29 @@ def load_exported(folder: Path) -> BD3LM:
     """A Hugging Face folder in our own class (code in the folder is not run), float32."""
     model = BD3LM.from_pretrained(folder, config=hf_config_of(folder, read_config(folder)), local_files_only=True)
     return model.float().eval()
+
+
+class PlainDecoder(nn.Module):
+    """A decoder of transformers, called as the exported class is; ids that it lacks are impossible."""
+
+    def __init__(self, decoder: Any, vocab_size: int) -> None:
+        super().__init__()
+        self.decoder, self.vocab_size = decoder, vocab_size
+
+    def forward(self, tokens_BL: Tensor, sigma_B: Tensor, **_: Any) -> Any:
+        """An object with `logits`."""
+        out = self.decoder(tokens_BL)
+        missing = self.vocab_size - out.logits.shape[-1]
+        out.logits = nn.functional.pad(out.logits, (0, missing), value=float("-inf"))
+        return out
+
+
+def load_decoder(folder: Path, vocab_size: int) -> PlainDecoder:
+    """A Llama or Qwen folder in transformers' own class (code in the folder is not run), float32."""
+    kind = read_json(folder / "config.json")["model_type"]
+    name = next(name for name, other in KINDS.items() if other == kind)
+    decoder = getattr(transformers, name).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return PlainDecoder(decoder.float(), vocab_size).eval()
 
 
 def from_published_weights(reader: CheckpointReader, config: RunConfig, weights: str) -> BD3LM:

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import math
+import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from bd3lm_scale.config.load import load_config
 from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.config.sizes import memory
 from bd3lm_scale.config.summary import GPT2_VOCAB_SIZE, summary
+from bd3lm_scale.config.traffic import traffic
 from bd3lm_scale.errors import ConfigError
 
 GIB = 2**30
@@ -31,19 +33,24 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak dense FLOP/s as the vendor states them, and memory in GiB."""
+    """Peak dense FLOP/s as the vendor states them, memory in GiB, and bytes per second that one GPU sends.
+
+    Inside a node: NVLink in one direction (PCIe for l40s); between nodes: one network port of each GPU.
+    """
 
     bf16: float
     fp32: float
     memory_gib: float
+    inside_node: float
+    between_nodes: float
 
 
 GPUS = {
-    "a100": Gpu(312e12, 19.5e12, 80),
-    "h100": Gpu(989e12, 67e12, 80),
-    "h200": Gpu(989e12, 67e12, 141),
-    "b200": Gpu(2250e12, 75e12, 180),
-    "l40s": Gpu(362e12, 91.6e12, 48),
+    "a100": Gpu(312e12, 19.5e12, 80, 300e9, 25e9),
+    "h100": Gpu(989e12, 67e12, 80, 450e9, 50e9),
+    "h200": Gpu(989e12, 67e12, 141, 450e9, 50e9),
+    "b200": Gpu(2250e12, 75e12, 180, 900e9, 50e9),
+    "l40s": Gpu(362e12, 91.6e12, 48, 32e9, 12.5e9),
 }
 
 
@@ -60,24 +67,33 @@ def peak_memory(config: RunConfig, world_size: int, vocab_size: int) -> float:
     return max(memory(config, world_size, vocab_size, stage).total for stage in stages)
 
 
-def relative_cost(config: RunConfig, world_size: int) -> float:
-    """Step time relative to an undivided model's, by rules of thumb; for ranking layouts only."""
+def computing_seconds(config: RunConfig, world_size: int, vocab_size: int, gpu: Gpu, mfu: float) -> float:
+    """One step's computation: the model's FLOPs at the assumed MFU, recomputation, padding rows, the bubble."""
     parallel = config.parallel
     replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-    computed = num_micro_batches(config, replicas) * replicas * config.train.micro_batch_size
-    cost = computed / config.train.global_batch_size  # zero-weight rows
-    cost /= 1 - bubble(config, replicas)
-    cost *= 1 + 0.05 * math.log2(parallel.tensor_parallel_size)  # collectives in every layer
-    cost *= {1: 1.0, 2: 1.02, 3: 1.08}[config.optim.zero_stage]  # reduction per micro-batch; gathering weights
-    cost *= 4 / 3 if parallel.recompute == "full" else 1.0
-    return cost * (1 + 0.02 / config.train.micro_batch_size)  # small matrices
+    rows = num_micro_batches(config, replicas) * replicas * config.train.micro_batch_size  # with zero-weight rows
+    flops = 3 * rows * sum(forward_flops(config, vocab_size).values())
+    peak = gpu.fp32 if config.precision == "fp32" else gpu.bf16
+    seconds = flops / (world_size * peak * mfu) / (1 - bubble(config, replicas))
+    return seconds * (4 / 3 if parallel.recompute == "full" else 1.0)
+
+
+def step_seconds(config: RunConfig, world_size: int, vocab_size: int, gpu: Gpu, mfu: float) -> float:
+    """Computation, and what the slowest stage sends, nothing overlapping: an estimate for ranking layouts."""
+    stages = range(config.parallel.pipeline_parallel_size)
+    sent = max(
+        traffic(config, world_size, vocab_size, stage, GPUS_PER_NODE).seconds(gpu.inside_node, gpu.between_nodes)
+        for stage in (stages[0], stages[-1])
+    )
+    small = 1 + 0.02 / config.train.micro_batch_size  # small matrices
+    return computing_seconds(config, world_size, vocab_size, gpu, mfu) * small + sent
 
 
 def candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
     """Layouts of this model on this many GPUs that pass every check."""
     sizes = [2**i for i in range(8)]
     for tensor, stages, chunks, zero, recompute, rows in itertools.product(
-        [s for s in sizes if s <= GPUS_PER_NODE], sizes, (None, 2, 4), (1, 2, 3), ("none", "full"), sizes
+        [s for s in sizes if s <= GPUS_PER_NODE], sizes, (None, 2, 4), (1, 2, 3), ("none", "selective", "full"), sizes
     ):
         if world_size % (tensor * stages) or rows > config.train.global_batch_size or (stages > 1 and zero > 1):
             continue
@@ -98,11 +114,11 @@ def candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
             yield candidate
 
 
-def suggest(config: RunConfig, world_size: int, vocab_size: int, gpu: Gpu) -> RunConfig | None:
-    """The cheapest layout that fits into the GPU's memory, or None."""
+def suggest(config: RunConfig, world_size: int, vocab_size: int, gpu: Gpu, mfu: float = 0.4) -> RunConfig | None:
+    """The fastest layout that fits into the GPU's memory, or None."""
     room = MEMORY_MARGIN * gpu.memory_gib * GIB
     fitting = [c for c in candidates(config, world_size) if peak_memory(c, world_size, vocab_size) <= room]
-    return min(fitting, key=lambda c: relative_cost(c, world_size)) if fitting else None
+    return min(fitting, key=lambda c: step_seconds(c, world_size, vocab_size, gpu, mfu)) if fitting else None
 
 
 def layout_overrides(config: RunConfig) -> list[str]:
@@ -133,7 +149,8 @@ def plan(config: RunConfig, world_size: int, vocab_size: int, gpu: Gpu, mfu: flo
     peak = gpu.fp32 if config.precision == "fp32" else gpu.bf16
     lost = 1 - (1 - bubble(config, replicas)) / (4 / 3 if parallel.recompute == "full" else 1)
     as_ar = replace(config, diffusion=replace(config.diffusion, objective="ar"))
-    suggested = suggest(config, world_size, vocab_size, gpu)
+    suggested = suggest(config, world_size, vocab_size, gpu, mfu)
+    sent = traffic(config, world_size, vocab_size, 0, GPUS_PER_NODE)
     return {
         "tokens": tokens,
         "attention_pairs_per_row": attention_pairs(config),
@@ -151,18 +168,48 @@ def plan(config: RunConfig, world_size: int, vocab_size: int, gpu: Gpu, mfu: flo
         ],
         "peak_memory_gib": peak_memory(config, world_size, vocab_size) / GIB,
         "fits": peak_memory(config, world_size, vocab_size) <= MEMORY_MARGIN * gpu.memory_gib * GIB,
+        "building_memory_gib": building_memory(config, world_size, vocab_size) / GIB,
+        "traffic_gb_per_step": {kind: getattr(sent, kind) / 1e9 for kind in sent.links},
+        "traffic_links": sent.links,
+        "step_seconds": step_seconds(config, world_size, vocab_size, gpu, mfu),
+        "sending_seconds": sent.seconds(gpu.inside_node, gpu.between_nodes),
+        "open_files": open_files(world_size),
         "suggested": layout_overrides(suggested) if suggested else None,
     }
 
 
-def report(config: RunConfig, world_size: int, vocab_size: int, gpu_name: str, figures: dict) -> str:
+def building_memory(config: RunConfig, world_size: int, vocab_size: int) -> float:
+    """Bytes on the fullest rank before the first step: nothing but what it keeps (docs/parallelism.md, Building)."""
+    stages = range(config.parallel.pipeline_parallel_size)
+    sizes = [memory(config, world_size, vocab_size, stage) for stage in stages]
+    return max(s.weights + s.masters + s.adam + s.ema + s.gradients for s in sizes)
+
+
+def open_files(world_size: int) -> dict[str, int]:
+    """Open files that rank 0 may need, and the limit in force on this machine."""
+    # imports torch, which nothing else here needs
+    from bd3lm_scale.parallel.groups import descriptors_needed
+
+    return {"needed": descriptors_needed(world_size), "limit": resource.getrlimit(resource.RLIMIT_NOFILE)[1]}
+
+
+def report(config: RunConfig, world_size: int, vocab_size: int, gpu_name: str, gpu: Gpu, figures: dict) -> str:
     """The plan as text."""
     forward = figures["forward_flops_per_row"]
     whole = sum(forward.values())
     parts = ", ".join(f"{name} {value / whole:.1%}" for name, value in forward.items())
-    gpu = GPUS[gpu_name]
     fits = "fits" if figures["fits"] else "does NOT fit"
     suggested = figures["suggested"]
+    links = figures["traffic_links"]
+    sent = ", ".join(f"{kind} {gb:,.2f} GB ({links[kind]})" for kind, gb in figures["traffic_gb_per_step"].items())
+    files = figures["open_files"]
+    warning = (
+        f"the hard limit here is {files['limit']:,}"
+        if 0 <= files["limit"] < files["needed"]
+        else f"`ulimit -Hn` must be at least that on every node ({files['limit']:,} here)"
+    )
+    if 0 <= files["limit"] < files["needed"]:
+        warning = f"WARNING: {warning}: raise it on every node (LimitNOFILE, limits.conf), or the run will not start"
     remedy = "nothing fits: use more GPUs" if suggested is None else " ".join(suggested)
     return "\n".join(
         [
@@ -177,6 +224,12 @@ def report(config: RunConfig, world_size: int, vocab_size: int, gpu_name: str, f
             f"({figures['pipeline_bubble']:.1%} of the step)",
             f"memory      {figures['peak_memory_gib']:.1f} GiB on the fullest rank: {fits} into {MEMORY_MARGIN:.0%} of "
             f"{gpu.memory_gib:g} GiB",
+            f"building    {figures['building_memory_gib']:.1f} GiB on the fullest rank before the first step",
+            f"traffic     a rank of the first stage sends per step: {sent}",
+            f"            {figures['sending_seconds']:.2f} s of {figures['step_seconds']:.2f} s at "
+            f"{gpu.inside_node / 1e9:g} GB/s inside and {gpu.between_nodes / 1e9:g} GB/s between nodes, "
+            "if nothing overlaps",
+            f"open files  {files['needed']:,} on rank 0; {warning}",
             f"suggestion  {remedy}",
         ]
     )
@@ -193,23 +246,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--vocab-size", type=int, help="ids including the mask (default: the configuration's or GPT-2's)"
     )
+    parser.add_argument("--inside-node", type=float, metavar="GB/s", help="what a GPU sends inside a node")
+    parser.add_argument("--between-nodes", type=float, metavar="GB/s", help="what a GPU sends to other nodes")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_intermixed_args(argv)
     if not 0 < args.mfu <= 1:
         parser.error(f"--mfu {args.mfu}: must lie in (0, 1]; use for example 0.4")
+    for name in ("inside_node", "between_nodes"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a positive number of GB/s; use for example 50")
+    speeds = {name: 1e9 * v for name in ("inside_node", "between_nodes") if (v := getattr(args, name)) is not None}
+    gpu = replace(GPUS[args.gpu], **speeds)
     try:
         config = load_config(args.config, args.overrides)
         vocab_size = args.vocab_size or config.model.vocab_size or GPT2_VOCAB_SIZE
         found = problems(config, args.gpus, vocab_size)
         if found:
-            suggested = suggest(config, args.gpus, vocab_size, GPUS[args.gpu]) if args.gpus > 0 else None
+            suggested = suggest(config, args.gpus, vocab_size, gpu, args.mfu) if args.gpus > 0 else None
             hint = [f"a layout for {args.gpus} GPUs: {' '.join(layout_overrides(suggested))}"] if suggested else []
             raise ConfigError([*found, *hint], f"{args.config} on {args.gpus} GPUs")
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    figures = plan(config, args.gpus, vocab_size, GPUS[args.gpu], args.mfu)
-    print(json.dumps(figures, indent=2) if args.json else report(config, args.gpus, vocab_size, args.gpu, figures))
+    figures = plan(config, args.gpus, vocab_size, gpu, args.mfu)
+    print(json.dumps(figures, indent=2) if args.json else report(config, args.gpus, vocab_size, args.gpu, gpu, figures))
     return 0
 
 

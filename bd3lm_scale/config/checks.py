@@ -4,8 +4,10 @@ Every problem is one line `field (value): reason; use remedy`; layouts that cann
 """
 
 import math
+from dataclasses import replace
 
-from bd3lm_scale.config.schema import ModelConfig, RunConfig
+from bd3lm_scale.config.schema import MISSING, ModelConfig, RunConfig
+from bd3lm_scale.config.stages import stages
 from bd3lm_scale.diffusion.registry import samplers_for
 from bd3lm_scale.errors import ConfigError
 from bd3lm_scale.model.parameters import VOCAB_MULTIPLE, padded_vocab_size
@@ -101,6 +103,14 @@ def _diffusion(config: RunConfig) -> list[str]:
     if objective == "ar" and diffusion.time_conditioning:
         found.append("diffusion.time_conditioning (true): ar has no noise level; use null or false")
     found += _mask_counts(config)
+    found += _block_sizes(config)
+    if diffusion.shift_targets and objective in ("ar", "sedd"):
+        found.append(f"diffusion.shift_targets (true): {objective} has one alignment only; use false, or bd3lm or mdlm")
+    elif diffusion.shift_targets and not diffusion.ignore_bos:
+        found.append(
+            "diffusion.shift_targets (true): nothing stands before a row's first token to predict it; "
+            "use diffusion.ignore_bos=true"
+        )
     if diffusion.mdlm_loss_scale and objective not in ("mdlm", "sedd"):
         found.append(f"diffusion.mdlm_loss_scale (true): not a parameterization of {objective}; use false")
     elif diffusion.mdlm_loss_scale and diffusion.schedule != "loglinear":
@@ -108,6 +118,24 @@ def _diffusion(config: RunConfig) -> list[str]:
             f"diffusion.mdlm_loss_scale (true): defined for the loglinear schedule, not {diffusion.schedule}; "
             "use false, or diffusion.schedule=loglinear"
         )
+    return found
+
+
+def _block_sizes(config: RunConfig) -> list[str]:
+    """What the stages of a block-size schedule make impossible, beyond what is wrong without them."""
+    if not config.diffusion.block_size_schedule:
+        return []
+    # its absence is found elsewhere, and would be an error of the stages' configurations
+    *before, last = stages(replace(config, run_dir="unnamed") if config.run_dir == MISSING else config)
+    name = "diffusion.block_size_schedule"
+    if config.diffusion.objective != "bd3lm":
+        return [f"{name} ({len(before)} stages): {config.diffusion.objective} has no block size; use []"]
+    known, found = set(_diffusion(last.config)), []
+    for stage in before:
+        size = stage.config.diffusion.block_size
+        for line in _diffusion(stage.config):
+            if line not in known:
+                found.append(f"{name} (stage {stage.index + 1}, blocks of {size}): there {line}")
     return found
 
 

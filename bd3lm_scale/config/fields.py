@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
-from bd3lm_scale.config.schema import MixtureSource, NameIn, RunConfig
+from bd3lm_scale.config.schema import BlockSizeStage, MixtureSource, NameIn, RunConfig
 from bd3lm_scale.diffusion.registry import SAMPLERS, SCHEDULES
 
 ITEM = "[]"
@@ -58,8 +58,9 @@ def field_names() -> tuple[str, ...]:
 
 
 def item_names() -> tuple[str, ...]:
-    """The fields of one source of a mixture."""
-    return tuple(f"data.mixture{ITEM}.{name}" for name in typing.get_type_hints(MixtureSource))
+    """The fields of one item of a list: a source of a mixture, a stage of a schedule."""
+    lists = {"data.mixture": MixtureSource, "diffusion.block_size_schedule": BlockSizeStage}
+    return tuple(f"{name}{ITEM}.{field}" for name, item in lists.items() for field in typing.get_type_hints(item))
 
 
 def _rules(section: type, prefix: str) -> Iterator[tuple[str, FieldRule]]:

@@ -138,12 +138,27 @@ class ClipSearchConfig:
 
 
 @dataclass(frozen=True, config=_SECTION)
+class BlockSizeStage:
+    """A stretch of training with blocks of another size."""
+
+    block_size: PositiveWhole = 1
+    steps: PositiveWhole = 1000
+    clip_low: Time | None = None
+    """Default: diffusion.clip_low. 1 and 1 train blocks of one token as an exact likelihood."""
+    clip_high: Share | None = None
+    """Default: diffusion.clip_high."""
+
+
+@dataclass(frozen=True, config=_SECTION)
 class DiffusionConfig:
     """The objective."""
 
     objective: Literal["bd3lm", "mdlm", "ar", "sedd"] = "bd3lm"
     block_size: PositiveWhole = 16
     """L', tokens per block; bd3lm only (mdlm and sedd use the whole row, ar is causal)."""
+    block_size_schedule: tuple[BlockSizeStage, ...] = ()
+    """Sizes that training goes through before block_size (bd3lm), as [{block_size: 1, steps: 500}, ...]; each begins
+    with its clip interval. Evaluation outside training, sampling and exports use block_size."""
     schedule: Annotated[Text, AfterValidator(NameIn(SCHEDULES))] = "loglinear"
     clip_low: Time = 0.0
     """beta: training times are drawn from U[max(clip_low, time_epsilon), clip_high]."""
@@ -161,6 +176,9 @@ class DiffusionConfig:
     mask_counts: Literal["binomial", "stratified"] = "binomial"
     """binomial: each token by itself at the mask rate; stratified: the number of masked tokens first, all equally often
     over the global batch, then their places (docs/method.md)."""
+    shift_targets: Flag = False
+    """Read a token's prediction one position before it, as autoregressive models do, not at its own (bd3lm, mdlm;
+    for weights converted from such models, docs/conversion.md)."""
     mdlm_loss_scale: Flag = False
     """Use the sigma parameterization of the loss weight (SEDD and MDLM baselines of Sahoo et al.)."""
     clip_search: ClipSearchConfig = field(default_factory=ClipSearchConfig)
@@ -407,19 +425,24 @@ class RunConfig:
     def sequence_length(self) -> int:
         """P, positions the transformer reads per row: L, and for bd3lm the clean tokens behind the noisy ones.
 
-        No noisy block sees the last clean one, so it is left out: P = 2L - S. Sequence parallelism cuts P evenly, and
-        leaves out the largest part of that block that allows it.
+        No noisy block sees the last clean one, so it is left out: P = 2L - S, with the smallest S that training goes
+        through. Sequence parallelism cuts P evenly, and leaves out the largest part of that block that allows it.
         """
         if self.diffusion.objective != "bd3lm":
             return self.data.context_length
         ranks = self.parallel.tensor_parallel_size if self.parallel.sequence_parallel else 1
-        return 2 * self.data.context_length - self.block_size // ranks * ranks
+        smallest = min([self.block_size, *(stage.block_size for stage in self.diffusion.block_size_schedule)])
+        return 2 * self.data.context_length - smallest // ranks * ranks
 
     @property
     def scores_noisy_half_only(self) -> bool:
-        """The last layer's clean rows serve as keys and values only: true of bd3lm, where L can be cut evenly too."""
+        """The last layer's clean rows serve as keys and values only: true of bd3lm, where L can be cut evenly too.
+
+        Not where targets are shifted: then the clean token before a block predicts its first one.
+        """
         ranks = self.parallel.tensor_parallel_size if self.parallel.sequence_parallel else 1
-        return self.diffusion.objective == "bd3lm" and self.data.context_length % ranks == 0
+        spares = self.diffusion.objective == "bd3lm" and not self.diffusion.shift_targets
+        return spares and self.data.context_length % ranks == 0
 
     @property
     def uses_adaln(self) -> bool:

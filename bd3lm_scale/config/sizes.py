@@ -1,7 +1,7 @@
 """What a configuration weighs: parameters by name and stage, layers by stage, memory per rank by part.
 
 Shapes: V padded vocabulary, D hidden_size, C cond_dim. Everything here is arithmetic on the configuration; the
-activation part of the memory is an estimate (attention kernels keep no scores), the rest is exact.
+activation part of the memory is counted layer by layer (attention kernels keep no scores), the rest is exact.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -12,6 +12,8 @@ from bd3lm_scale.model.parameters import Architecture, Parameter, padded_vocab_s
 from bd3lm_scale.model.parameters import parameters as parameter_table
 
 MIB = 2**20
+CPU_QUERIES = 128
+"""Queries that attention on the CPU takes at once (model/attention.py)."""
 
 
 @dataclass(frozen=True)
@@ -100,19 +102,12 @@ def memory(config: RunConfig, world_size: int, vocab_size: int, stage: int) -> M
 
 
 def _activations(config: RunConfig, replicas: int, stage: int, element: int) -> float:
-    """Bytes kept for the backward pass: one layer's, times the layers and micro-batches in flight."""
+    """Bytes kept for the backward pass: each layer's, times the micro-batches in flight."""
     parallel, model = config.parallel, config.model
-    tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    stages = parallel.pipeline_parallel_size
     chunks = parallel.virtual_pipeline_parallel_size or 1
-    tokens = config.train.micro_batch_size * config.sequence_length
-    spread = tensor if parallel.sequence_parallel else 1
-    # Cut over tensor-parallel ranks: q, k, v, attention's output, and both sides of the activation function.
-    cut = element * sum(_cut_widths(config)) / tensor
-    # Held by every rank unless sequence-parallel: two residual inputs in fp32, two modulated norms, two outputs,
-    # and the dropout masks.
-    whole = model.hidden_size * (2 * 4 + 4 * element + (2 if model.dropout else 0)) / spread
-    per_layer = tokens * (cut + whole)
-    kept = tokens * model.hidden_size * 4 / spread if parallel.recompute == "full" else per_layer
+    per_layer = layer_activations(config, element)
+    kept = _residual(config) if parallel.recompute == "full" else per_layer
     layers = model.num_layers // stages
     total = num_micro_batches(config, replicas)
     if chunks == 1:
@@ -120,14 +115,67 @@ def _activations(config: RunConfig, replicas: int, stage: int, element: int) -> 
     else:  # warm-up of the interleaved schedule, counted in model chunks
         warm_up = min((stages - stage - 1) * 2 + (chunks - 1) * stages + 1, total * chunks)
         in_flight = warm_up * layers // chunks
-    return kept * in_flight + (per_layer if parallel.recompute == "full" else 0)
+    if parallel.recompute == "full":
+        return kept * in_flight + per_layer
+    spared = per_layer - layer_activations(config, element, is_last=True) if stage == stages - 1 else 0
+    return kept * in_flight - spared
 
 
-def _cut_widths(config: RunConfig) -> list[int]:
-    """Widths of what a layer keeps for its backward pass in pieces, from the matrices that are cut: the outputs of
-    those cut by rows, the inputs of the others."""
-    layer, _ = _layer_and_ends(config, 1)
-    return [p.shape[p.shard_dim] for p in layer if p.shard_dim is not None and len(p.shape) == 2]
+def _residual(config: RunConfig) -> float:
+    """Bytes of the fp32 stream between two layers, for one micro-batch."""
+    spread = config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1
+    return config.train.micro_batch_size * config.sequence_length * config.model.hidden_size * 4 / spread
+
+
+def layer_activations(config: RunConfig, element: int, is_last: bool = False) -> float:
+    """Bytes that one layer keeps for its backward pass, for one micro-batch; without, or with selective, recomputation.
+
+    Counted tensor by tensor as the layer is written (model/layer.py) and compared with what autograd saves. The last
+    layer of block diffusion computes no more than keys and values for its clean half.
+    """
+    parallel, model, rows = config.parallel, config.model, config.train.micro_batch_size
+    arch, tensor = Architecture.of(config, 1), config.parallel.tensor_parallel_size
+    width, queries, keys = arch.hidden_size, arch.num_heads * arch.head_width, arch.kv_heads * arch.head_width
+    length, spread = config.sequence_length, tensor if parallel.sequence_parallel else 1
+    outputs = config.data.context_length if is_last and config.scores_noisy_half_only else length
+    is_chunked = config.diffusion.objective == "bd3lm"  # otherwise torch's own kernel serves, in one piece
+    # fp32 and as wide as the stream: what each norm reads, what it scales, what the modulation multiplies
+    norm = 4 * width * ((2 if arch.norm == "rmsnorm" else 1) + (1 if arch.uses_adaln else 0))
+    gated = 4 * width if arch.uses_adaln else 0  # what the gate multiplies
+    dropped = width if model.dropout else 0  # masks of one byte
+    whole = length * (norm + element * width) + outputs * (norm + element * width + 2 * gated + 2 * dropped)
+    # q, k and v side by side, q and k turned, what attention returns; the inner layer of the MLP
+    cut = length * element * (2 * queries + 3 * keys) + outputs * element * queries
+    if arch.qk_norm:
+        cut += length * _head_norms(arch.norm, element, queries, keys)
+    if parallel.recompute != "selective":  # otherwise attention runs again
+        cut += outputs * (4 * arch.num_heads + (element * queries if is_chunked else 0))
+        cut += element * 2 * keys * _gathered_positions(config, outputs < length)
+    cut += outputs * element * arch.inner * (5 if arch.gates else 2)
+    angles = 4 * length * arch.head_width * element
+    modulation = rows * 8 * width * 4 if arch.uses_adaln else 0
+    return rows * (whole / spread + cut / tensor) + angles + modulation
+
+
+def _head_norms(norm: str, element: int, queries: int, keys: int) -> int:
+    """Bytes per position that the norms of queries and keys keep: fp32 inputs, and under RMSNorm what is scaled."""
+    if norm == "rmsnorm":
+        return 8 * queries + (4 if element == 4 else 8) * keys
+    return 0 if element == 4 else 4 * (queries + keys)
+
+
+def _gathered_positions(config: RunConfig, only_noisy: bool) -> int:
+    """Keys that the CPU's attention copies, where a run of queries sees several ranges of them."""
+    length, size = config.data.context_length, config.block_size
+    if config.runtime.device != "cpu" or config.diffusion.objective != "bd3lm":
+        return 0
+    run = max(size, CPU_QUERIES // size * size)
+    if length <= run:
+        return 0  # one run for each half, whose keys lie end to end
+    ends = [min(start + run, length) for start in range(0, length, run)]
+    noisy = sum(end - start + end - size for start, end in zip([0, *ends], ends, strict=False) if end > size)
+    clean = config.sequence_length - length
+    return noisy if only_noisy else noisy + sum(min(end, clean) for end in ends[1:])
 
 
 def _head(config: RunConfig, vocab_size: int, element: int) -> float:

@@ -78,7 +78,9 @@ def _amount(number: float) -> str:
 
 def _objective(config: RunConfig) -> str:
     objective, length = config.diffusion.objective, config.data.context_length
-    blocks = f", blocks of {config.block_size}" if objective == "bd3lm" else ""
+    stages = [f"{stage.block_size} ({stage.steps:,} steps)" for stage in config.diffusion.block_size_schedule]
+    sizes = ", ".join([*stages, f"then {config.block_size}" if stages else str(config.block_size)])
+    blocks = f", blocks of {sizes}" if objective == "bd3lm" else ""
     return f"{objective}, rows of {length} tokens{blocks}"
 
 

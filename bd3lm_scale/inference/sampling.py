@@ -187,7 +187,8 @@ def network_opener(loaded: Loaded) -> Callable[[int], Any]:
     wants_bf16 = sampling.cache_dtype == "bf16" or (sampling.cache_dtype == "auto" and config.precision == "bf16")
     cache_dtype = torch.bfloat16 if wants_bf16 else torch.float32
     window = sampling.window or config.data.context_length
-    if loaded.engine.mesh.tensor_size == 1 and sampling.kv_cache and not sampling.recompute_window:
+    is_plain = not (sampling.recompute_window or config.diffusion.shift_targets)
+    if loaded.engine.mesh.tensor_size == 1 and sampling.kv_cache and is_plain:
         weights = FastWeights(model)
         return lambda batch_size: FastDecoder(weights, config.block_size, batch_size, window, cache_dtype)
     return lambda batch_size: CachedDecoder(

@@ -93,7 +93,14 @@ class Denoiser(MegatronModule):
 
     def set_visibility(self, visibility: Visibility) -> None:
         """Say who sees whom; one prepared pattern serves all layers."""
-        pattern = AttentionPattern(visibility, self.config.attention_backend)
+        config = self.config
+        read_at_L = torch.arange(config.context_length)
+        if config.shift_targets:
+            has_clean = config.sequence_length > config.context_length
+            read_at_L = previous_positions(config.context_length, visibility.block_size, has_clean)
+        device = self.get_buffer("training_rotary").device
+        self.register_buffer("read_at_L", read_at_L.to(device), persistent=False)
+        pattern = AttentionPattern(visibility, config.attention_backend)
         for layer in self.decoder.layers:
             cast(Any, layer).self_attention.core_attention.pattern = pattern
 
@@ -146,7 +153,8 @@ class Denoiser(MegatronModule):
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         row, token = index_R // length, index_R % length
-        rows_RD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, token * batch + row)
+        place = self.get_buffer("read_at_L")[token]
+        rows_RD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, place * batch + row)
         rows_RC = None if conditioning is None else conditioning.index_select(0, row)
         return self.head(rows_RD, rows_RC, target_R, self.tied_weight())
 
@@ -191,6 +199,18 @@ class Denoiser(MegatronModule):
             return hidden
         row = F.pad(conditioning.to(hidden.dtype), (0, self.config.hidden_size - self.config.cond_dim))
         return torch.cat([hidden, row[None]], dim=0)
+
+
+def previous_positions(context_length: int, block_size: int, has_clean: bool) -> Tensor:
+    """Where the predictions of shifted targets are read: int64 (L,), a position of [noisy ; clean] or noisy alone.
+
+    The one before the token, in the same noisy block; for the first token of a block the clean token before it, which
+    the noisy block follows. So blocks of one token are predicted as an autoregressive model predicts them. The row's
+    first token has none before it; it is never scored, and gets some position.
+    """
+    previous_L = torch.arange(context_length) - 1
+    is_first_L = (previous_L + 1) % block_size == 0
+    return torch.where(is_first_L, previous_L + has_clean * context_length, previous_L).clamp(min=0)
 
 
 class TimeEmbedding(nn.Module):

@@ -79,6 +79,8 @@ class FastWeights:
             raise ValueError("decoding without Megatron needs the whole model on one rank; use CachedDecoder")
         if config.uses_adaln and config.time_conditioning:
             raise ValueError("a network that reads the time has no constant modulation; use CachedDecoder")
+        if config.shift_targets:
+            raise ValueError("decoding without Megatron reads predictions at their own position; use CachedDecoder")
         self.arch = config.architecture
         self.device = model.embedding.weight.device
         self.dtype = config.params_dtype

@@ -51,6 +51,7 @@ class CachedDecoder:
         self.context_BT = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
         self.num_forwards = 0
         self._start = 0
+        self._last_1BD: Tensor | None = None  # states of the last committed token
         self._reset_caches()
 
     @property
@@ -67,7 +68,10 @@ class CachedDecoder:
         """
         if not self.use_cache:
             self._rebuild()
-        return self._logits(self._run(block_BS, commits=False), scored_BI)
+        hidden_SBD = self._run(block_BS, commits=False)
+        if self.model.config.shift_targets:
+            hidden_SBD = _shifted(hidden_SBD, self._last_1BD)
+        return self._logits(hidden_SBD, scored_BI)
 
     @torch.no_grad()
     def commit(self, tokens_BT: Tensor) -> None:
@@ -98,6 +102,8 @@ class CachedDecoder:
         """Drop all rows but these."""
         index = torch.as_tensor(index, dtype=torch.int64, device=self.device)
         self.context_BT = self.context_BT[index]
+        if self._last_1BD is not None:
+            self._last_1BD = self._last_1BD[:, index]
         for cache in self.caches:
             cache.key_BHTK, cache.value_BHTK = cache.key_BHTK[index], cache.value_BHTK[index]
 
@@ -147,6 +153,7 @@ class CachedDecoder:
         hidden = _decode(self.model, tokens_BT, position, sigma_B, self.caches)
         if commits:
             self._start += tokens_BT.shape[1]
+            self._last_1BD = hidden[-1:]
         return hidden
 
     def _logits(self, hidden_TBD: Tensor, scored_BI: Tensor | None) -> Tensor:
@@ -170,7 +177,17 @@ class FullDenoiser:
         sigma_B = torch.zeros(len(tokens_BL), device=self.device) if sigma_B is None else sigma_B.to(self.device)
         position = torch.arange(tokens_BL.shape[1], device=self.device)
         hidden = _decode(self.model, tokens_BL, position, sigma_B)
+        if self.model.config.shift_targets:
+            hidden = _shifted(hidden, None)
         return _score(self.model, hidden, scored_BI, self.model.condition(sigma_B))
+
+
+def _shifted(hidden_TBD: Tensor, before_1BD: Tensor | None) -> Tensor:
+    """States that predict these tokens where targets are shifted: of the token before each.
+
+    A text's first token has none before it, and is always given; it gets its own.
+    """
+    return torch.cat([hidden_TBD[:1] if before_1BD is None else before_1BD, hidden_TBD[:-1]])
 
 
 def _decode(

@@ -26,6 +26,8 @@ class DenoiserConfig(TransformerConfig):
     attention_backend: str = "auto"
     scores_noisy_half_only: bool = False
     """The last layer's clean rows serve as keys and values only; skip the rest of their work (exact)."""
+    shift_targets: bool = False
+    """Predictions are read one position before their token."""
 
     @property
     def cond_dim(self) -> int:
@@ -114,6 +116,7 @@ def make_transformer_config(
         mask_token_id=mask_token_id,
         attention_backend=model.attention,
         scores_noisy_half_only=config.scores_noisy_half_only,
+        shift_targets=config.diffusion.shift_targets,
         **recompute,
     )
 

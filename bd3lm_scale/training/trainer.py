@@ -3,8 +3,8 @@
 open_session -> parts built, newest valid checkpoint restored -> step, validate, save ... -> close
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,11 @@ from bd3lm_scale.checkpoint.store import CheckpointStore
 from bd3lm_scale.config.load import to_dict
 from bd3lm_scale.config.resume import decay_news, keep_decay_steps
 from bd3lm_scale.config.schema import RunConfig
+from bd3lm_scale.config.stages import Stage, stages
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.stream import RowStream
 from bd3lm_scale.diffusion.clip_search import LossMoments, choose_interval, loss_table
-from bd3lm_scale.engine import Engine, build_engine, draw_weights, sum_over_ranks
+from bd3lm_scale.engine import Engine, build_engine, draw_weights, show_blocks, staged, sum_over_ranks
 from bd3lm_scale.errors import BadShardError, CheckpointError, FencedError
 from bd3lm_scale.optim.zero import ZeroOptimizer
 from bd3lm_scale.parallel.agreement import Agreement
@@ -31,9 +32,9 @@ from bd3lm_scale.runtime.log import get_logger
 from bd3lm_scale.training.ahead import ReadAhead, StepBatch
 from bd3lm_scale.training.checks import refuse_differences, refuse_other_model
 from bd3lm_scale.training.run_files import write_run_files
-from bd3lm_scale.training.step import noise_step
+from bd3lm_scale.training.step import NoisedStep, noise_step
 from bd3lm_scale.validation import Validation
-from bd3lm_scale.values import Cursor, Interval
+from bd3lm_scale.values import Cursor, Interval, Rows
 
 log = get_logger(__name__)
 
@@ -62,6 +63,8 @@ class Session:
         cursor: where training stands in the data; cursor.step is the number of steps done.
         clip_interval: clip interval in force.
         validations: how many validations there were (the clip search counts them).
+        stages: of the block-size schedule, with the engine of each; the last one alone without a schedule.
+        stage: the one whose blocks the network sees; None after a change of position.
         resumed_from: the checkpoint this attempt started from, if any.
         saved_at: steps done at the last save, or when the checkpoint that this attempt resumed was saved.
     """
@@ -76,6 +79,8 @@ class Session:
     cursor: Cursor
     clip_interval: Interval
     validations: int = 0
+    stages: tuple[tuple[Stage, Engine], ...] = ()
+    stage: Stage | None = None
     resumed_from: Path | None = None
     saved_at: int = -1
 
@@ -105,11 +110,27 @@ class Session:
 
     def read(self) -> StepBatch:
         """The batch of this step; the one after it is begun."""
+        self.enter_stage()
         self.ahead.start(self.step, self.clip_interval)
         batch = self.ahead.take(self.clip_interval)
         if self.step + 1 < self.config.train.steps:
             self.ahead.start(self.step + 1, self.clip_interval)
         return batch
+
+    def enter_stage(self) -> None:
+        """Go over to the block size of this step, and to its clip interval where it begins here."""
+        if len(self.stages) < 2:
+            return
+        stage, engine = stage_at(self.stages, self.step)
+        if stage is self.stage:
+            return
+        self.engine, self.stage = engine, stage
+        show_blocks(engine, stage.config)
+        diffusion = stage.config.diffusion
+        if self.step == stage.first_step:
+            self.clip_interval = engine.process.training_interval(diffusion.clip_low, diffusion.clip_high)
+        if self.engine.mesh.is_main_rank:
+            log.info("step %d: blocks of %d", self.step, diffusion.block_size)
 
     def exclude_bad_shards(self) -> None:
         """Leave out, on all ranks, the shards that any rank found damaged.
@@ -264,9 +285,30 @@ def build_session(
     store = CheckpointStore(folder, config.checkpoint, mesh.rank, mesh.world_size, new_host_group(), lock)
     plan = BatchPlan(config.train.global_batch_size, config.train.micro_batch_size, mesh.data_rank, mesh.data_size)
     batches = BatchReader(stream, plan, Cursor(), config.data.workers, config.data.prefetch_steps, True)
-    ahead = ReadAhead(batches, partial(noise_step, engine, config))
+    of_stages = tuple((stage, staged(engine, stage.config)) for stage in stages(config))
+
+    def noise(step: int, rows: Sequence[Rows], interval: Interval) -> NoisedStep:
+        return noise_step(stage_at(of_stages, step)[1], config, step, rows, interval)
+
+    ahead = ReadAhead(batches, noise)
     interval = Interval(config.diffusion.clip_low, config.diffusion.clip_high).floored(config.diffusion.time_epsilon)
-    return Session(config, engine, stream, ahead, store, agreement, AnomalyPolicy(config.runtime), Cursor(), interval)
+    return Session(
+        config,
+        engine,
+        stream,
+        ahead,
+        store,
+        agreement,
+        AnomalyPolicy(config.runtime),
+        Cursor(),
+        interval,
+        stages=of_stages,
+    )
+
+
+def stage_at(of_stages: tuple[tuple[Stage, Engine], ...], step: int) -> tuple[Stage, Engine]:
+    """The stage that a 0-based step belongs to, and its engine."""
+    return [pair for pair in of_stages if pair[0].first_step <= step][-1]
 
 
 def initialize(session: Session, fresh: bool = False, step: int | None = None) -> None:
@@ -317,7 +359,7 @@ def restore(session: Session, reader: CheckpointReader) -> None:
     saved = meta["cursor"]
     session.seek(Cursor(meta["step"], saved["data_offset"], tuple(saved["excluded_shards"])))
     session.clip_interval = Interval(meta["clip"]["low"], meta["clip"]["high"])
-    session.validations = meta["clip"]["validations"]
+    session.validations, session.stage = meta["clip"]["validations"], None
     session.policy.restore(meta["policy"])
 
 

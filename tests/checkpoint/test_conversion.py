@@ -350,7 +350,7 @@ def test_every_field_of_an_exported_network_is_read_again(tmp_path):
     odd = {
         "norm": "rmsnorm", "norm_eps": 1e-6, "mlp": "swiglu", "ffn_hidden_size": 48, "n_kv_heads": 2, "head_dim": 12,
         "qk_norm": True, "qkv_bias": True, "mlp_bias": False, "head_bias": False,
-        "rope": {"theta": 5e5, "scaling": "linear", "factor": 2.0},
+        "rope": {"theta": 5e5, "scaling": "linear", "factor": 2.0}, "shift_targets": True,
     }  # fmt: skip
     assert set(odd) == set(NETWORK), "give each new field a value that is not its default"
     config = from_dict(

@@ -96,10 +96,12 @@ def test_memory_follows_zero_stage_precision_and_layout():
     assert memory(make(precision="fp32"), 8, 50258, 0).weights == 4 * n
     plain = memory(make(), 8, 50258, 0)
     assert memory(make(recompute="full"), 8, 50258, 0).activations < plain.activations / 5
-    assert memory(make("mdlm"), 8, 50258, 0).activations == plain.activations / 2
+    # the last layer spares its clean half; attention on runs of queries returns its output once more
+    assert memory(make("mdlm"), 8, 50258, 0).activations == pytest.approx(plain.activations / 2, rel=0.05)
     tensor = memory(make(tensor_parallel_size=4), 8, 50258, 0)
     both = memory(make(tensor_parallel_size=4, sequence_parallel=True), 8, 50258, 0)
-    assert both.activations == plain.activations / 4 < tensor.activations < plain.activations
+    assert both.activations == pytest.approx(plain.activations / 4, rel=0.05)  # each rank has all rotary angles
+    assert both.activations < tensor.activations < plain.activations
     assert plain.head > 0 == memory(make(pipeline_parallel_size=2), 8, 50258, 0).head
 
 

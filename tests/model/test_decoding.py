@@ -105,3 +105,57 @@ def test_whole_sequences_equal_the_dense_pass():
     assert_close(FullDenoiser(model).denoise(text), want)
     picked = want.gather(1, scored[..., None].expand(-1, -1, VOCAB))
     assert_close(FullDenoiser(model).denoise(text, None, scored), picked)
+
+
+@pytest.mark.parametrize("kind", ["cached", "uncached"])
+@pytest.mark.parametrize("window", [None, 12])
+def test_shifted_predictions_are_those_of_the_positions_before(kind, window):
+    """The dense pass over [clean text ; noisy block], one position early: the last clean token for the first."""
+    model = build(shift_targets=True)
+    oracle, decoder = plain(model), decoder_of(kind, model, 3, window)
+    text, scored = tokens(3, 60), torch.tensor([[2], [0]])
+    decoder.commit(text[:, :20])
+    for start in range(20, 60, SIZE):
+        if start == 40:
+            decoder.keep_rows([2, 0])
+            text = text[[2, 0]]
+        noisy = text[:, start : start + SIZE].clone()
+        noisy[0, 1:3] = noisy[1, 0] = MASK
+        length = start + SIZE
+        row = torch.cat([text[:, :start], noisy], dim=1)
+        want = oracle.logits(row, block_causal(length, SIZE, window), torch.arange(length))[:, -SIZE - 1 : -1]
+        assert_close(decoder.denoise(noisy), want)
+        if len(text) == 2:
+            assert_close(decoder.denoise(noisy, scored), want.gather(1, scored[..., None].expand(-1, -1, VOCAB)))
+        decoder.commit(text[:, start : start + SIZE])
+    with pytest.raises(ValueError, match="use CachedDecoder"):
+        FastWeights(model)
+
+
+def test_training_scores_what_decoding_predicts_with_shifted_targets():
+    """[noisy ; clean] through the training pass, token by token, and block by block from the cache."""
+    for objective, size in (("bd3lm", SIZE), ("bd3lm", 1), ("mdlm", CONTEXT)):
+        model = build(objective, size, shift_targets=True)
+        clean = tokens(2, CONTEXT)
+        noisy = clean.clone()
+        noisy[:, 1::2] = MASK
+        row_R = torch.tensor([0, 1]).repeat_interleave(CONTEXT - 1)
+        token_R = torch.arange(1, CONTEXT).repeat(2)
+        given = torch.cat([noisy, clean], dim=1) if objective == "bd3lm" else noisy
+        with torch.no_grad():
+            target_R, normalizer_R = model(
+                given, torch.zeros(2), None, row_R * CONTEXT + token_R, clean[row_R, token_R]
+            )
+        if objective == "mdlm":
+            logits = FullDenoiser(model).denoise(noisy)
+        else:
+            decoder, parts = decoder_of("cached", model, 2, None, size), []
+            for start in range(0, CONTEXT, size):
+                parts.append(decoder.denoise(noisy[:, start : start + size]))
+                decoder.commit(clean[:, start : start + size])
+            logits = torch.cat(parts, dim=1)
+        picked = logits[row_R, token_R]
+        torch.testing.assert_close(picked.logsumexp(-1), normalizer_R, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            picked.gather(1, clean[row_R, token_R][:, None])[:, 0], target_R, rtol=1e-5, atol=1e-5
+        )

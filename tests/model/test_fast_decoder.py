@@ -12,13 +12,13 @@ from bd3lm_scale.parallel.mesh import init_mesh
 VOCAB, MASK, CONTEXT = 100, 99, 32
 
 
-def build(objective="bd3lm", block_size=4, tied=False, precision="fp32"):
+def build(objective="bd3lm", block_size=4, tied=False, precision="fp32", shift_targets=False):
     config = from_dict(
         {
             "run_dir": "none",
             "precision": precision,
             "data": {"path": "none", "context_length": CONTEXT},
-            "diffusion": {"objective": objective, "block_size": block_size},
+            "diffusion": {"objective": objective, "block_size": block_size, "shift_targets": shift_targets},
             "model": {
                 "num_layers": 2, "hidden_size": 64, "num_heads": 4, "cond_dim": 32, "vocab_size": VOCAB,
                 "tie_embeddings": tied,

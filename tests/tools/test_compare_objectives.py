@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import compare_conversions
 from compare import noises
 from compare import report as compare_report
 from compare.data import Outcome
 from compare_objectives import cases
+
+from bd3lm_scale.config.checks import problems
+from bd3lm_scale.config.load import load_config
+from bd3lm_scale.config.stages import stages
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "compare_objectives.py"
@@ -115,8 +120,12 @@ def test_the_section_on_noises_is_replaced_and_the_rest_of_the_report_kept(tmp_p
     noises.insert(report, "first")
     report.write_text(f"# Results\n\n{report.read_text()}\nafter\n")
     noises.insert(report, "second")
-    assert report.read_text() == f"# Results\n\n{noises.BEGIN}\nsecond\n{noises.END}\n\nafter\n"
-    assert noises.kept(report.read_text()) == f"{noises.BEGIN}\nsecond\n{noises.END}"
+    begin, end = noises.marks("noises")
+    assert report.read_text() == f"# Results\n\n{begin}\nsecond\n{end}\n\nafter\n"
+    assert noises.kept(report.read_text()) == f"{begin}\nsecond\n{end}"
+    noises.insert(report, "third", "conversions")
+    other = "<!-- conversions: begin -->\nthird\n<!-- conversions: end -->"
+    assert noises.kept(report.read_text()) == f"{begin}\nsecond\n{end}\n\n{other}"
     assert noises.kept("# Results") == ""
 
 
@@ -149,3 +158,34 @@ def test_only_the_missing_run_of_a_comparison_of_noises_is_made(tmp_path):
     other = compare(*arguments, "--lr", "0.1")
     assert other.returncode == 1
     assert "other settings (lr: 0.003 -> 0.1); use another --report" in other.stderr
+
+
+def test_every_way_to_convert_is_a_legal_run(tmp_path, monkeypatch):
+    """Settings of all 22 runs: what they start from, how long they are, in which blocks; and what the report says."""
+    args = compare_conversions._parser().parse_args(["--steps", "60"])
+    seen = {}
+
+    def train(path):
+        config = load_config(path)
+        seen[Path(config.run_dir).name] = config
+        Path(config.run_dir).mkdir(parents=True)
+        row = {"kind": "validation", "step": config.train.steps, "nelbo": 4.0 + len(seen) / 100, "stderr": 0.1}
+        (Path(config.run_dir) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(compare_conversions, "train", train)
+    monkeypatch.setattr(compare_conversions, "prepare", lambda args, output: output / "data")
+    figures = compare_conversions.run_all(args, tmp_path, tmp_path / "figures.json")
+    assert len(seen) == len(figures["runs"]) == 22
+    for name, config in seen.items():
+        assert problems(config, 1) == [], name
+        starts, seed = config.train.init_from, name[-1]
+        is_conversion = "plain" in name or "shift" in name
+        assert starts == (str(tmp_path / f"ar_{seed}") if is_conversion else None)
+        assert config.train.steps == (60 if name.startswith("ar") else 6 if is_conversion else 66)
+        assert config.diffusion.shift_targets == ("shift" in name)
+    sizes = [s.config.block_size for s in stages(seen["block16_shift_schedule_1"])]
+    assert sizes == [1, 4, 16]
+    shown = compare_conversions.section(figures)
+    assert "| 4 | converted, shifted | 2 | 4.135 +- 0.055 | +0.060 +- 0.000 |" in shown
+    again = compare_conversions.run_all(args, tmp_path, tmp_path / "figures.json")
+    assert again == figures

@@ -21,7 +21,8 @@ DEFAULTS = {"vocab_size": 512, "steps": 500, "context_length": 64, "layers": 2, 
 
 SETTINGS = (*DEFAULTS, "rows_per_step", "text", "data", "document", "validation_fraction")
 BASE = "paper_resample"
-BEGIN, END = "<!-- noises: begin -->", "<!-- noises: end -->"
+SECTIONS = ("noises", "conversions")
+"""Parts of a report that commands of their own write, each between marks."""
 BLOCK_SIZES = ("4", "8", "16", "L")
 PAPER = {"4": (0.45, 0.95), "8": (0.45, 0.95), "16": (0.3, 0.8), "L": (0.0, 0.5)}
 """The intervals of the paper's Section 5; it names none for 8, which takes that of 4."""
@@ -164,19 +165,29 @@ def mean_and_error(values: list[float], sign: str = "") -> str:
     return mean if len(values) < 2 else f"{mean} +- {statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
-def insert(report: Path, text: str) -> None:
-    """Put the section into the report in place of the one there, or at its end."""
+def insert(report: Path, text: str, name: str = "noises") -> None:
+    """Put the section `name` into the report in place of the one there, or at its end."""
     old = report.read_text() if report.exists() else ""
-    block = f"{BEGIN}\n{text}\n{END}"
-    if BEGIN in old:
-        before, _, rest = old.partition(BEGIN)
-        new = before + block + rest.partition(END)[2]
+    begin, end = marks(name)
+    block = f"{begin}\n{text}\n{end}"
+    if begin in old:
+        before, _, rest = old.partition(begin)
+        new = before + block + rest.partition(end)[2]
     else:
         new = f"{old.rstrip()}\n\n{block}\n".lstrip()
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(new)
 
 
+def marks(name: str) -> tuple[str, str]:
+    """Where a section begins and ends."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
 def kept(report: str) -> str:
-    """The section with its marks, out of a report that is about to be written again; empty if there is none."""
-    return BEGIN + report.partition(BEGIN)[2].partition(END)[0] + END if BEGIN in report else ""
+    """Such sections with their marks, out of a report that is about to be written again; empty if there are none."""
+    found = []
+    for begin, end in map(marks, SECTIONS):
+        if begin in report:
+            found.append(begin + report.partition(begin)[2].partition(end)[0] + end)
+    return "\n\n".join(found)

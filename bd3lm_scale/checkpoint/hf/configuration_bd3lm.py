@@ -14,6 +14,7 @@ NETWORK = {
     "mlp_bias": True,
     "head_bias": True,
     "rope": None,
+    "shift_targets": False,
 }
 """Fields that published checkpoints do not have, with the published network's values."""
 
@@ -45,6 +46,8 @@ class BD3LMConfig(PretrainedConfig):
         qkv_bias, mlp_bias, head_bias: which linear layers have one.
         rope: theta of the rotary positions, and their scaling: none | linear (factor) | llama3 (factor,
             low_freq_factor, high_freq_factor, original_context_length).
+        shift_targets: the prediction of a token is read one position before it (models converted from
+            autoregressive ones); logits stand at the tokens they predict all the same.
     """
 
     model_type = "bd3lm"

@@ -196,6 +196,7 @@ def config_fields(
         "cross_attn": objective == "bd3lm",
         "adaln": config.uses_adaln,
         **variant_fields(Architecture.of(config, int(meta["vocab_size"]))),
+        **({"shift_targets": True} if config.diffusion.shift_targets else {}),
         "causal": objective == "ar",
         "attn_backend": "sdpa",
         "hidden_dim": config.model.hidden_size,

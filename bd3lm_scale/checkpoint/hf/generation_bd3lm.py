@@ -252,7 +252,8 @@ class BlockGeneration:
         here = slice(start, region.stop)
         seen = None if seen_BL is None else seen_BL[:, here]
         hidden, cond = self.encode(tokens_BL[:, here], self._sigma(time_B), seen, cache=cache)
-        h_BSD = hidden[-1][:, region.start - start :]
+        before = None if cache is None else cache.last
+        h_BSD = self.predicting(hidden[-1], region.stop - start, before_B1D=before)[:, region.start - start :]
         if position_B is not None:
             h_BSD = h_BSD[torch.arange(len(position_B), device=h_BSD.device), position_B][:, None]
         logits = self._without_mask(self.backbone.output_layer(h_BSD, cond))

@@ -72,7 +72,7 @@ def read_config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     if not path.is_file():
         raise ValueError(f"{source}: no config.json; give a folder as save_pretrained or to-hf writes it")
-    fields = _read_json(path)
+    fields = read_json(path)
     kind = fields.get("model_type")
     if kind != "bd3lm":
         raise ValueError(
@@ -100,7 +100,8 @@ def hf_config_of(source: Path, fields: dict[str, Any]) -> BD3LMConfig:
         raise ValueError(f"{source / 'config.json'}: {type(error).__name__} {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError naming the file where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
@@ -144,7 +145,7 @@ FIELD_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "training": (lambda value: value is None or isinstance(value, dict), "an object"),
     **dict.fromkeys(("norm", "mlp"), (lambda value: isinstance(value, str), "a name")),
     **dict.fromkeys(("ffn_hidden_size", "n_kv_heads", "head_dim"), (_is_count_or_derived, "a count")),
-    **dict.fromkeys(("qk_norm", "qkv_bias", "mlp_bias", "head_bias"), FLAG),
+    **dict.fromkeys(("qk_norm", "qkv_bias", "mlp_bias", "head_bias", "shift_targets"), FLAG),
     "norm_eps": SHARE,
     "rope": (lambda value: value is None or isinstance(value, dict), "an object"),
 }
@@ -156,7 +157,7 @@ KNOWN_FIELDS -= {"self", "kwargs"}
 def tensor_files(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """Every stored tensor: its file and its shape; headers are read, data is not."""
     if (source / INDEX).is_file():
-        weight_map = _read_json(source / INDEX).get("weight_map")
+        weight_map = read_json(source / INDEX).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) and weight_map else [None]
         odd = [name for name in names if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name)]
         if odd:
@@ -224,6 +225,7 @@ def run_config(
     values["data"]["wrap_rows"] = bool(training.get("wrap_rows", values["data"]["wrap_rows"]))
     diffusion = values["diffusion"] | (training.get("diffusion") or {})
     diffusion |= {"objective": objective, "ignore_bos": bool(hf_config.ignore_bos)}
+    diffusion["shift_targets"] = bool(hf_config.shift_targets)
     diffusion["time_conditioning"] = None if objective == "ar" else bool(hf_config.time_conditioning)
     if objective == "bd3lm":
         diffusion["block_size"] = hf_config.block_size

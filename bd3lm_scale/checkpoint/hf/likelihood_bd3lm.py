@@ -123,8 +123,8 @@ class LikelihoodMixin:
         if timesteps is None and config.time_conditioning:
             timesteps = sigma_of(rate_BL[:, 0])
         hidden, cond = self.encode(tokens, timesteps, attention_mask, is_pair)
+        logits = self.backbone.output_layer(self.predicting(hidden[-1], length, is_pair), cond)
         hidden = [h[:, :length] for h in hidden]
-        logits = self.backbone.output_layer(hidden[-1], cond)
         per_token = self.score_entropy if config.objective == "sedd" else self.cross_entropy
         loss_BL = per_token(logits, clean_BL)
         return torch.where(counts_BL & is_mask_BL, loss_BL / rate_BL, 0.0), logits, hidden
@@ -213,7 +213,8 @@ class LikelihoodMixin:
         tokens = torch.cat([noisy_BL, clean_BL], dim=1) if is_pair else noisy_BL
         hidden, cond_BC = self.encode(tokens, sigma_B, attention_mask, is_pair)
         row_R, column_R = where_BL.nonzero(as_tuple=True)
-        h_R1D = hidden[-1][row_R, column_R - int(is_causal)][:, None]
+        states_BLD = self.predicting(hidden[-1], clean_BL.shape[1], is_pair)
+        h_R1D = states_BLD[row_R, column_R - int(is_causal)][:, None]
         logits_RV = self.backbone.output_layer(h_R1D, None if cond_BC is None else cond_BC[row_R])[:, 0]
         per_token = self.score_entropy if self.config.objective == "sedd" else self.cross_entropy
         loss_BL = torch.zeros(clean_BL.shape, device=logits_RV.device)

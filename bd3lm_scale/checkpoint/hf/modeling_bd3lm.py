@@ -37,6 +37,8 @@ class BlockCache:
         self.block_size = block_size
         self.num_tokens = 0
         """Tokens committed so far, dropped ones included: the position of the next token."""
+        self.last = None
+        """(B, 1, D) last hidden state of the last committed token."""
         self.keys = [None] * num_layers
         self.values = [None] * num_layers
 
@@ -60,6 +62,7 @@ class BlockCache:
         """Go on with these rows (int64 indices or bool) only."""
         self.keys = [k[index.to(k.device)] for k in self.keys if k is not None] or self.keys
         self.values = [v[index.to(v.device)] for v in self.values if v is not None] or self.values
+        self.last = None if self.last is None else self.last[index.to(self.last.device)]
 
 
 def pair_visibility(length, block_size, device):
@@ -192,7 +195,24 @@ class BD3LM(BlockGeneration, LikelihoodMixin, Vocabulary, PreTrainedModel, Gener
         hidden = self.backbone.encode(given, position_P, cond_BC, visible, cache=cache, commit=commit)
         if cache is not None and commit:
             cache.num_tokens += length
+            cache.last = hidden[-1][:, -1:]
         return hidden, cond_BC
+
+    def predicting(self, hidden_BPD, length, is_pair=False, before_B1D=None):
+        """States (B, L, D) that predict the L tokens: their own, or with shift_targets those of the tokens before.
+
+        In [noisy ; clean] the first token of a block has the clean one before it, and after a cache `before_B1D`, the
+        state of the last cached token. A text's first token has none before it, is always given, and gets its own.
+        """
+        own_BLD = hidden_BPD[:, :length]
+        if not self.config.shift_targets:
+            return own_BLD
+        before_B1D = own_BLD[:, :1] if before_B1D is None else before_B1D
+        shifted_BLD = torch.cat([before_B1D, own_BLD[:, :-1]], dim=1)
+        if not is_pair:
+            return shifted_BLD
+        is_first_L1 = torch.arange(length, device=own_BLD.device)[:, None] % self.config.block_size == 0
+        return torch.where(is_first_L1, hidden_BPD[:, length:].roll(1, dims=1), shifted_BLD)
 
     def forward(
         self, input_ids=None, timesteps=None, attention_mask=None, labels=None, sample_mode=None, store_kv=None,
@@ -246,9 +266,10 @@ class BD3LM(BlockGeneration, LikelihoodMixin, Vocabulary, PreTrainedModel, Gener
             loss = None
             if self._stands_for_causal_lm and sample_mode is None and past_key_values is None and not store_kv:
                 self._refuse_next_token_scoring(input_ids)
+            before = None if cache is None else cache.last
             hidden, cond_BC = self.encode(rows.start(given), timesteps, rows.is_real_BL, is_pair, cache, bool(store_kv))
+            logits = self.backbone.output_layer(self.predicting(hidden[-1], length, is_pair, before), cond_BC)
             hidden = [h[:, :length] for h in hidden]
-            logits = self.backbone.output_layer(hidden[-1], cond_BC)
         logits = rows.back(logits)
         hidden = tuple(rows.back(h) for h in hidden) if output_hidden_states else None
         if getattr(self.config, "return_dict", True) if return_dict is None else return_dict:

@@ -23,6 +23,7 @@ from bd3lm_scale.config.sizes import parameters
 from bd3lm_scale.data.chat import ChatFormat
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
+from tests.checkpoint.hf.test_decoders import check_round_trip
 from tests.checkpoint.layouts import whole_state
 from tests.checkpoint.test_conversion import configuration
 from tests.data.templates import MARKED, turns
@@ -112,6 +113,17 @@ def test_transformers_4_49_and_torch_alone_use_exports(exports, oldest, tmp_path
     assert OLDEST in installed
     assert not re.search("sentencepiece|accelerate|bd3lm|einops", installed)
     assert "transformers 4.49.0: all good" in run(oldest, SCRIPT, exports, folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_decoders_saved_by_transformers_4_49_are_imported(oldest, tmp_path):
+    """Its configurations name their fields otherwise; it has no Qwen3 yet."""
+    (tmp_path / "saved").mkdir()
+    said = run(oldest, Path(__file__).with_name("make_decoders.py"), tmp_path / "saved", folder=tmp_path)
+    assert "transformers 4.49.0: tokens llama llama3 linear qwen2" in said
+    expected = torch.load(tmp_path / "saved" / "expected.pt", weights_only=True)
+    for name in ("llama", "llama3", "linear", "qwen2"):
+        check_round_trip(tmp_path / "saved", name, expected[name], expected["tokens"], tmp_path / name)
 
 
 @pytest.mark.slow
