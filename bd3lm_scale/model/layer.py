@@ -153,6 +153,7 @@ class DiTLayer(TransformerLayer):
         """
         dtype = self.config.params_dtype
         cache: Any = None if attention_mask is None else attention_mask[self.layer_number - 1]
+        key = context_mask if self.training else None
         x = hidden_states
         if context is None:
             shift_a = scale_a = shift_m = scale_m = torch.zeros((), device=x.device)
@@ -166,10 +167,12 @@ class DiTLayer(TransformerLayer):
         attended, _bias = self.self_attention(attention_input, attention_mask=cache, rotary_pos_emb=rotary_pos_emb)
         if self.num_outputs is not None and cache is None:
             x = self._first_rows(x, self.num_outputs) if self.config.sequence_parallel else x[: self.num_outputs]
-        x = torch.addcmul(x, gate_a, self._drop(attended.float(), context_mask, 0))
+        attended = attended.float() if key is None else self.apply_dropout(attended.float(), key, 0)
+        x = torch.addcmul(x, gate_a, attended)
         out, bias = self.mlp(modulate(self.pre_mlp_layernorm(x), shift_m, scale_m).to(dtype))
         out = out.float() if bias is None else out.float() + bias.float()
-        return torch.addcmul(x, gate_m, self._drop(out, context_mask, 1)), context
+        out = out if key is None else self.apply_dropout(out, key, 1)
+        return torch.addcmul(x, gate_m, out), context
 
     def _first_rows(self, x: Tensor, count: int) -> Tensor:
         """This rank's shard of the first `count` rows of the sequence, from shards of all of it."""
@@ -182,9 +185,6 @@ class DiTLayer(TransformerLayer):
 
         sent, received = [moved(rank, r) for r in range(size)], [moved(r, rank) for r in range(size)]
         return tensor_parallel.all_to_all(self.tp_group, x[: sum(sent)], received, sent)
-
-    def _drop(self, x: Tensor, key: Tensor | None, site: int) -> Tensor:
-        return x if key is None or not self.training else self.apply_dropout(x, key, site)
 
     def apply_dropout(self, x: Tensor, key: Tensor, site: int) -> Tensor:
         """Dropout at this layer's `site`; different rows on each rank under sequence parallelism."""

@@ -21,7 +21,7 @@ TRAINING = (
         ("dropout keyed without the layer", "dropout_site(self.layer_number, index, shard)", "dropout_site(0, index, shard)"),
         ("dropout keyed without the place", "dropout_site(self.layer_number, index, shard)", "dropout_site(self.layer_number, 0, shard)"),
         ("dropout keyed without the site", '"dropout", *coordinates)', '"dropout")'),
-        ("dropout in evaluation", "x if key is None or not self.training else", "x if key is None else"),
+        ("dropout in evaluation", "context_mask if self.training else None", "context_mask"),
         (
             "scale without 1 +",
             "normed_PBD, 1 + scale_BD)", "normed_PBD, scale_BD)",
