@@ -6,7 +6,7 @@ Shapes: R scored rows, T of them in a tile, D width, V padded vocabulary (this r
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -159,7 +159,7 @@ class _Projection(tensor_parallel.ColumnParallelLinear):
         group: dist.ProcessGroup | None = None,
     ) -> Tensor:
         """fp32: (2, R) target logits and log-sum-exps, or without targets this rank's logits (R, V)."""
-        weight_VD = self.weight if weight_VD is None else weight_VD
+        weight_VD = cast(Tensor, self.weight) if weight_VD is None else weight_VD
         bias = torch.zeros((), device=hidden_RD.device) if self.bias is None else self.bias.float()
         bias_V = torch.where(is_excluded_V, float("-inf"), bias)
         if target_R is None:

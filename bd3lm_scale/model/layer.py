@@ -126,6 +126,7 @@ class DiTLayer(TransformerLayer):
     """
 
     config: DenoiserConfig
+    dropout_sites: Tensor
 
     def __init__(self, config: DenoiserConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
