@@ -21,7 +21,7 @@ from bd3lm_scale.engine import Engine, run_pass, sum_over_ranks
 from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.runtime.log import get_logger
-from bd3lm_scale.values import LossSum, NoisyRows, Rows
+from bd3lm_scale.values import NoisyRows, Rows
 
 log = get_logger(__name__)
 
@@ -34,11 +34,13 @@ class Validation:
         likelihood: NELBO, PPL, bits per token, standard errors.
         moments: moments of the block losses by number of masked tokens, over all ranks, for the clip search.
         stream: the rows without those of damaged shards, which were left out.
+        by_set: the likelihood of each dataset of a mixture that has scored rows, as "NUMBER:PATH".
     """
 
     likelihood: Likelihood
     moments: CountMoments
     stream: RowStream
+    by_set: dict[str, Likelihood]
 
 
 def validate(
@@ -72,20 +74,28 @@ def validate(
     size = micro_batch_size or config.evaluation.micro_batch_size or config.train.micro_batch_size
     stream, plan = _sound_rows(engine, stream, rows, size, config.data.on_bad_shard == "skip")
     num_rows = plan.global_batch_size
-    sums, moments = LikelihoodSums.empty(), CountMoments(engine.process.block_size)
+    sets = () if config.data.stream_text else tuple(f"{i}:{m.path}" for i, m in enumerate(config.data.mixture))
+    sums = [LikelihoodSums.empty() for _ in sets or ("all rows",)]
+    moments = CountMoments(engine.process.block_size)
     _set_mode(engine, training=False)
     with engine.optimizer.ema_weights() if use_ema and engine.optimizer else nullcontext():
         for group in _groups(plan, stream, engine.mesh.pipeline_size):
             noisy_by_draw = [[_noise(r, engine, config, draw, num_rows) for r in group] for draw in range(draws)]
             losses_by_draw = [run_pass(engine, noisy) for noisy in noisy_by_draw]
             if engine.reports_loss:
-                sums = sums + _likelihood_sums(noisy_by_draw, losses_by_draw, engine)
+                for index, noisy in enumerate(noisy_by_draw[0]):
+                    row_losses_BJ = [row_losses(losses[index], engine.process) for losses in losses_by_draw]
+                    found = _likelihood_sums(noisy, torch.stack(row_losses_BJ, dim=1).cpu(), stream, len(sets))
+                    sums = [before + more for before, more in zip(sums, found, strict=True)]
                 for noisy, losses in zip(noisy_by_draw, losses_by_draw, strict=True):
                     for n, loss in zip(noisy, losses, strict=True):
                         moments.accumulate(n, loss)
             beat(min(num_rows, int(group[-1].position_B[-1]) + 1))
     _set_mode(engine, training=True)
-    return _reduce(engine, sums, moments, stream)
+    likelihoods, moments = _reduce(engine, sums, moments)
+    by_set = {name: found for name, found in zip(sets, likelihoods[1:], strict=False) if found is not None}
+    assert likelihoods[0] is not None
+    return Validation(likelihoods[0], moments, stream, by_set)
 
 
 def _sound_rows(
@@ -144,24 +154,30 @@ def _groups(plan: BatchPlan, stream: RowStream, pipeline_size: int) -> Iterator[
 def read_rows(position: np.ndarray, num_rows: int, stream: RowStream) -> Rows:
     """Rows at the given places of a split; places from num_rows on become rows that are not real."""
     is_real = position < num_rows
-    tokens = stream.read_held_out(np.where(is_real, position, 0))
-    return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real))
+    place = np.where(is_real, position, 0)
+    tokens, layout = stream.read_held_out(place), stream.held_out_layout(place)
+    return Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real), **layout)
 
 
-def _likelihood_sums(
-    noisy_by_draw: list[list[NoisyRows]], losses_by_draw: list[list[LossSum]], engine: Engine
-) -> LikelihoodSums:
-    sums = LikelihoodSums.empty()
-    for index, noisy in enumerate(noisy_by_draw[0]):
-        loss_BJ = torch.stack([row_losses(losses[index], engine.process) for losses in losses_by_draw], dim=1).cpu()
-        is_real_B = noisy.is_real_B
-        sums = sums + LikelihoodSums.of_rows(loss_BJ[is_real_B], noisy.counts_BL.sum(1)[is_real_B])
-    return sums
+def _likelihood_sums(noisy: NoisyRows, loss_BJ: torch.Tensor, stream: RowStream, num_sets: int) -> list[LikelihoodSums]:
+    """Of one micro-batch: of each dataset of a mixture, or of all rows."""
+    tokens_B, is_real_B = noisy.counts_BL.sum(1), noisy.is_real_B
+    if not num_sets:
+        return [LikelihoodSums.of_rows(loss_BJ[is_real_B], tokens_B[is_real_B])]
+    position_R = noisy.position_B[is_real_B].numpy()
+    set_R = torch.from_numpy(stream.set_of(position_R))
+    loss_RJ, tokens_R = loss_BJ[is_real_B], tokens_B[is_real_B]
+    return [LikelihoodSums.of_rows(loss_RJ[set_R == number], tokens_R[set_R == number]) for number in range(num_sets)]
 
 
-def _reduce(engine: Engine, sums: LikelihoodSums, moments: CountMoments, stream: RowStream) -> Validation:
-    first = sums.as_tensor()
-    figures, _ = sum_over_ranks(engine, torch.cat([first, moments.as_tensor().flatten()]).tolist(), [])
+def _reduce(
+    engine: Engine, sums: list[LikelihoodSums], moments: CountMoments
+) -> tuple[list[Likelihood | None], CountMoments]:
+    """Over all ranks: the likelihood of everything, of each part (None where nothing was scored), and the moments."""
+    first = torch.stack([part.as_tensor() for part in sums])
+    figures, _ = sum_over_ranks(engine, torch.cat([first.flatten(), moments.as_tensor().flatten()]).tolist(), [])
     total = torch.tensor(figures, dtype=torch.float64)
-    all_moments = CountMoments.from_tensor(total[len(first) :], moments.block_size)
-    return Validation(LikelihoodSums(total[: len(first)]).estimate(), all_moments, stream)
+    parts = [LikelihoodSums(part) for part in total[: first.numel()].view_as(first)]
+    whole = LikelihoodSums(torch.stack([part.as_tensor() for part in parts]).sum(0))
+    scored = [part.estimate() if part.as_tensor()[0] > 0 else None for part in parts]
+    return [whole.estimate(), *scored], CountMoments.from_tensor(total[first.numel() :], moments.block_size)

@@ -26,11 +26,11 @@ from bd3lm_scale.runtime.metrics import read_metrics
 
 SIZES = (4, 16)
 WAYS = {
-    "scratch": "from scratch, all tokens",
     "plain": "converted, own position",
     "plain_schedule": "converted, own position, block-size schedule",
     "shift": "converted, shifted",
     "shift_schedule": "converted, shifted, block-size schedule",
+    "scratch": "from scratch, all tokens",
 }
 BEFORE = {4: (1,), 16: (1, 4)}
 """Block sizes of the schedule before the final one, each for an equal part of the steps."""
@@ -62,8 +62,7 @@ def run_all(args: argparse.Namespace, output: Path, path: Path) -> dict[str, Any
     if changed:
         raise ValueError(f"{path} holds figures of other settings ({'; '.join(changed)}); use another --report")
     data = prepare(args, output)
-    names = ["ar", *(f"block{size}/{way}" for way in WAYS for size in SIZES)]
-    wanted = [f"{name}/{seed}" for seed in range(1, args.seeds + 1) for name in names]
+    wanted = [f"{name}/{seed}" for seed in range(1, args.seeds + 1) for name in names()]
     for name in tqdm([name for name in wanted if name not in figures["runs"]], desc="runs", unit="run"):
         figures["runs"][name] = run(name, args, data, output)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +70,11 @@ def run_all(args: argparse.Namespace, output: Path, path: Path) -> dict[str, Any
         temporary.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
         temporary.rename(path)
     return figures
+
+
+def names() -> list[str]:
+    """The runs of a seed, in the order they are made."""
+    return ["ar", *(f"block{size}/{way}" for way in WAYS for size in SIZES)]
 
 
 def run(name: str, args: argparse.Namespace, data: Path, output: Path) -> dict[str, Any]:
@@ -190,7 +194,9 @@ def _remarks(runs: dict[str, Any]) -> list[str]:
             if differences:
                 spread = noises.mean_and_error(differences, sign="+")
                 found.append(f"* {label}, L' = {size}: {spread} nats per token ({len(differences)} seeds).")
-    return found
+    seeds = {name.rpartition("/")[2] for name in runs}
+    missing = [f"{name}/{seed}" for name in names() for seed in sorted(seeds) if f"{name}/{seed}" not in runs]
+    return [*found, f"* Not run yet: {', '.join(missing)}; the same command makes them."] if missing else found
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,12 +23,14 @@ from bd3lm_scale.data.estimate import estimate
 from bd3lm_scale.data.inputs import find_inputs, refuse_twice
 from bd3lm_scale.data.packing import SPLITS
 from bd3lm_scale.data.prepare import BAD_RECORDS, PROGRESS, prepare
+from bd3lm_scale.data.records import JSON, TARS
 from bd3lm_scale.data.shards import Manifest, write_file
 from bd3lm_scale.data.tokenizing import Preparation, Unit, file_size
 from bd3lm_scale.data.train_sentencepiece import train_sentencepiece
 
 DEMO_VOCAB_SIZE = 4096
 DEFAULT_VALIDATION_FRACTION = 0.005
+DEFAULT_FIELDS = {False: "text", True: "messages"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that tokenize (default: one per core)",
     )
     add("--format", choices=FORMATS, help="what the files are, whatever they are called (default: by name)")
-    add("--field", default="text", help="field of the text in JSON objects and columns of tables")
+    add("--field", help="field of the text in JSON objects and columns of tables (default: text; or messages)")
+    add(
+        "--messages",
+        action="store_true",
+        help="INPUT are conversations, JSON objects with a list of messages; only the assistant's answers are learnt",
+    )
+    add("--chat-template", metavar="FILE", help="Jinja template of conversations (default: the tokenizer's)")
     add("--document", choices=("file", "line", "paragraph"), default="file", help="what a document is in .txt files")
     add("--keep-newlines", action="store_true", help="with --document line: keep each line's newline")
     add("--detokenizer", choices=sorted(DETOKENIZERS), help="undo an evaluation set's tokenization")
@@ -100,11 +108,12 @@ def _task(args) -> Preparation:
         fraction = 0.0 if any(rules) else DEFAULT_VALIDATION_FRACTION
     if not 0 <= fraction < 1:
         raise ValueError(f"--validation-fraction {fraction}: must be at least 0 and below 1")
-    options = Options(args.field, args.document, args.keep_newlines, args.format)
+    options = Options(args.field or DEFAULT_FIELDS[args.messages], args.document, args.keep_newlines, args.format)
     ignored: Counter[str] = Counter()
     inputs = tuple(find_inputs(args.inputs, options, ignored))
     held_out = tuple(find_inputs(args.validation_input, options, ignored))
     refuse_twice([*inputs, *held_out])
+    _check_messages(args, [*inputs, *held_out], options)
     return Preparation(
         inputs=() if args.validation_only else inputs,
         validation_inputs=inputs if args.validation_only else held_out,
@@ -117,7 +126,24 @@ def _task(args) -> Preparation:
         shard_tokens=args.shard_tokens,
         chunk_tokens=args.chunk_tokens,
         ignored=tuple(sorted(ignored.items())),
+        messages=args.messages,
+        chat_template=args.chat_template,
     )
+
+
+def _check_messages(args, paths: list[str], options: Options) -> None:
+    """ValueError for what does not go with conversations, naming the option."""
+    if args.chat_template and not args.messages:
+        raise ValueError("--chat-template: is for conversations; give --messages as well")
+    if not args.messages:
+        return
+    if args.detokenizer:
+        raise ValueError("--detokenizer: undoes the tokenization of plain text; leave it out with --messages")
+    other = next((path for path in paths if options.kind(path) not in (*JSON, *TARS)), None)
+    if other is not None:
+        raise ValueError(
+            f"--messages: reads JSON lines ({', '.join(JSON)}, or tars of them), and {other} is another kind"
+        )
 
 
 def _demo_task(args) -> Preparation:
@@ -165,6 +191,7 @@ def _print_counts(manifests: dict[str, Manifest], seconds: float) -> None:
             f"{split}: {manifest.num_documents:,} documents, {manifest.num_text_bytes:,} bytes of text, "
             f"{manifest.num_tokens:,} tokens ({manifest.num_text_bytes / max(1, manifest.num_tokens):.2f} bytes each), "
             f"{len(manifest.shards)} shards"
+            + (f", {manifest.num_targets:,} tokens of answers" if manifest.num_targets is not None else "")
         )
     _print_reading(next(iter(manifests.values())).preparation["read"])
     print(f"{seconds:.1f} s")

@@ -110,7 +110,7 @@ class DataConfig:
     prefetch_steps: PositiveWhole = 2
     """Global batches read ahead."""
     cache_dir: Text | None = None
-    """Where remote shards are cached, shared by the ranks of a node; default: a folder in the system's cache."""
+    """Where remote shards are cached, shared by the ranks of a node; default: in $SLURM_TMPDIR, $TMPDIR or /tmp."""
     cache_size_gb: Amount = 100.0
     on_bad_shard: Literal["stop", "skip"] = "stop"
     """What to do with a shard that stays unreadable after all retries."""

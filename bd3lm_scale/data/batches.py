@@ -16,7 +16,7 @@ import torch
 from bd3lm_scale.data.stream import RowStream
 from bd3lm_scale.data.worker_pool import WorkerPool
 from bd3lm_scale.errors import BadShardError
-from bd3lm_scale.values import Cursor, Rows
+from bd3lm_scale.values import PADDING, Cursor, Rows
 
 __all__ = ["BadShardError", "BatchPlan", "BatchReader"]
 
@@ -100,6 +100,8 @@ class BatchReader:
         if self._is_text:
             self._stream.refuse_mask(rows, self._index(step))
         batch = self._cut(rows)
+        if self._stream.source.has_layout:
+            batch = self._lay_out(batch, step)
         self._cursor = dataclasses.replace(self._cursor, step=step + 1)
         if self._pool is not None:  # the rows are copied: their place in memory is free for a later step
             self._request_until(step + 1 + self._pool.depth)
@@ -152,4 +154,19 @@ class BatchReader:
                 is_real_B=torch.from_numpy(self._is_real_MB[m].copy()),
             )
             for m in range(num_micro)
+        ]
+
+    def _lay_out(self, batch: list[Rows], step: int) -> list[Rows]:
+        """The same with what the positions of each row are, and the targets of the whole global batch."""
+        real = torch.from_numpy(self._is_real_MB)
+        first = self._cursor.data_offset + step * self.plan.global_batch_size
+        targets = self._stream.targets(np.arange(first, first + self.plan.global_batch_size))
+        fields = {}
+        for name, found_BL in self._stream.layout(self._index(step)).items():
+            fill = False if found_BL.dtype == torch.bool else PADDING
+            fields[name] = torch.full((*real.shape, found_BL.shape[1]), fill, dtype=found_BL.dtype)
+            fields[name][real] = found_BL
+        return [
+            dataclasses.replace(rows, targets=targets, **{name: whole[m] for name, whole in fields.items()})
+            for m, rows in enumerate(batch)
         ]

@@ -12,7 +12,6 @@ import fcntl
 import logging
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,11 +26,22 @@ class CacheFullError(RuntimeError):
 
 
 def default_folder() -> Path:
-    """The system's cache folder, or the temporary one where there is no home."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(base):
-        base = tempfile.gettempdir()
-    return Path(base) / "bd3lm_scale"
+    """A folder of this user on the node's own disk: never in a home, which nodes may share.
+
+    Raises:
+        ValueError: another user has made a folder of that name.
+    """
+    base = os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    folder = Path(base) / f"bd3lm_scale-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ValueError(
+            f"data.cache_dir (by default {folder}): cannot be made ({problem}); name a folder"
+        ) from problem
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ValueError(f"data.cache_dir (by default {folder}): belongs to another user; name a folder of yours")
+    return folder
 
 
 class FileCache:

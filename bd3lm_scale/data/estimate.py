@@ -5,8 +5,14 @@ import time
 from dataclasses import dataclass, replace
 
 from bd3lm_scale.data.shards import token_dtype
-from bd3lm_scale.data.tokenizer import load_tokenizer
-from bd3lm_scale.data.tokenizing import Preparation, cut_units, file_size, must_stay_whole, tokenize
+from bd3lm_scale.data.tokenizing import (
+    Preparation,
+    cut_units,
+    file_size,
+    load_tokenizer_for,
+    must_stay_whole,
+    tokenize,
+)
 
 _SAMPLED_FILES = 16
 _UNITS_PER_FILE = 2
@@ -29,7 +35,7 @@ class Estimate:
 
 def estimate(task: Preparation, tokenizer_path: str, workers: int) -> Estimate:
     """Tokenize the beginnings of some files and scale up by file size (ValueError when they hold no text)."""
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer_for(task, tokenizer_path)
     whole = must_stay_whole(task, tokenizer)
     sizes = [file_size(path) or 0 for path in task.files]
     step = -(-len(sizes) // _SAMPLED_FILES)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.cache import CacheFullError, FileCache, default_folder
-from bd3lm_scale.data.shards import Shard
+from bd3lm_scale.data.shard_list import ShardEntry
 from bd3lm_scale.data.storage import DamagedError, is_remote, join, transfer
 
 _log = logging.getLogger(__name__)
@@ -32,15 +32,15 @@ class LocalFiles:
     def __init__(self, folder: str):
         self.where = folder
 
-    def open(self, shard: Shard) -> int:
+    def open(self, shard: ShardEntry) -> int:
         """File descriptor of the shard. OSError or DamagedError."""
         return os.open(os.path.join(self.where, shard.name), os.O_RDONLY)
 
-    def discard(self, shard: Shard) -> bool:
+    def discard(self, shard: ShardEntry) -> bool:
         """Forget a damaged copy; whether opening the shard again may give a better one."""
         return False  # reading the same file again gives the same bytes
 
-    def fetch_ahead(self, shards: list[Shard]) -> None:
+    def fetch_ahead(self, shards: list[ShardEntry]) -> None:
         """Nothing to fetch."""
 
 
@@ -54,10 +54,10 @@ class RemoteFiles:
         self._split = split
         self._cache = cache
         self._timeout = timeout
-        self._ahead: queue.SimpleQueue[Shard] | None = None
+        self._ahead: queue.SimpleQueue[ShardEntry] | None = None
         self._asked: set[str] = set()
 
-    def open(self, shard: Shard) -> int:
+    def open(self, shard: ShardEntry) -> int:
         """File descriptor of the shard. OSError or DamagedError."""
         for _ in range(_EVICTION_RACES):
             path = self._cache.get(_key(shard), shard.size, lambda part: self._fetch(shard, part))
@@ -71,12 +71,12 @@ class RemoteFiles:
             "data.shuffle_window shards per dataset"
         )
 
-    def discard(self, shard: Shard) -> bool:
+    def discard(self, shard: ShardEntry) -> bool:
         """Forget a damaged copy; whether opening the shard again may give a better one."""
         self._cache.drop(_key(shard))
         return True
 
-    def fetch_ahead(self, shards: list[Shard]) -> None:
+    def fetch_ahead(self, shards: list[ShardEntry]) -> None:
         """Fetch in the background; problems are left to whoever opens the shard."""
         wanted = [shard for shard in shards if shard.name not in self._asked]
         # no further than half the cache, or the shards ahead would push out those in use
@@ -95,7 +95,7 @@ class RemoteFiles:
         for shard in fitting:
             self._ahead.put(shard)
 
-    def _fetch_what_is_asked(self, ahead: "queue.SimpleQueue[Shard]") -> None:
+    def _fetch_what_is_asked(self, ahead: "queue.SimpleQueue[ShardEntry]") -> None:
         while True:
             shard = ahead.get()
             try:
@@ -104,7 +104,7 @@ class RemoteFiles:
                 _log.debug("fetching %s ahead: %s", shard.name, problem)
                 self._asked.discard(shard.name)
 
-    def _fetch(self, shard: Shard, part: Path) -> None:
+    def _fetch(self, shard: ShardEntry, part: Path) -> None:
         transfer(join(self.where, f"{self._split}/{shard.name}"), part, self._timeout, shard.size)
         with part.open("rb") as file:
             found = _digest(file)
@@ -121,7 +121,7 @@ def _digest(file) -> str:
     return digest.hexdigest()
 
 
-def _key(shard: Shard) -> str:
+def _key(shard: ShardEntry) -> str:
     return f"{shard.sha256[:40]}.tar"
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3lm_scale.data.shards import Shard, write_shard
+from bd3lm_scale.data.index import IndexWriter
+from bd3lm_scale.data.shards import write_shard
 from bd3lm_scale.data.tokenizing import Preparation, Tokens, Unit
 
 SPLITS = ("train", "validation")
@@ -45,23 +46,28 @@ class InputCursor:
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens of one split in order, and the places among them where documents start."""
+    """Tokens of one split in order, the places among them where documents start, and which are targets (None: all)."""
 
     ids: np.ndarray
     document_starts: np.ndarray
+    is_target: np.ndarray | None = None
 
     def cut(self, start: int, stop: int) -> "Run":
         """The tokens from `start` to `stop`."""
         low, high = np.searchsorted(self.document_starts, [start, stop])
-        return Run(self.ids[start:stop], self.document_starts[low:high] - start)
+        is_target = None if self.is_target is None else self.is_target[start:stop]
+        return Run(self.ids[start:stop], self.document_starts[low:high] - start, is_target)
 
 
 def join(runs: list[Run], dtype: str) -> Run:
     """Runs one after another."""
     ends = np.cumsum([len(run.ids) for run in runs], dtype=np.int64)
     starts = [run.document_starts + end - len(run.ids) for run, end in zip(runs, ends, strict=True)]
+    marks = [run.is_target for run in runs if run.is_target is not None]
     return Run(
-        np.concatenate([np.zeros(0, dtype), *(r.ids for r in runs)]), np.concatenate([np.zeros(0, int), *starts])
+        np.concatenate([np.zeros(0, dtype), *(r.ids for r in runs)]),
+        np.concatenate([np.zeros(0, int), *starts]),
+        np.concatenate(marks) if marks else None,
     )
 
 
@@ -73,13 +79,13 @@ class Packer:
         folder: where the shards go.
         dtype: what ids are stored as.
         task: sizes.
-        shards: those written so far.
+        index: of the shards written so far.
         pending: tokens that are in none of them.
     """
 
-    def __init__(self, split: str, folder: Path, dtype: str, task: Preparation, shards: list[Shard], pending: Run):
+    def __init__(self, split: str, folder: Path, dtype: str, task: Preparation, index: IndexWriter, pending: Run):
         self.split = split
-        self.shards = shards
+        self.index = index
         self._folder, self._dtype, self._task = folder, dtype, task
         self._runs = deque([pending] if len(pending.ids) else [])
         self.num_pending = len(pending.ids)
@@ -87,7 +93,7 @@ class Packer:
     @property
     def num_tokens(self) -> int:
         """Tokens in shards or waiting."""
-        return sum(shard.num_tokens for shard in self.shards) + self.num_pending
+        return self.index.num_tokens + self.num_pending
 
     @property
     def is_full(self) -> bool:
@@ -105,8 +111,8 @@ class Packer:
             self._runs.append(run)
             self.num_pending += len(run.ids)
 
-    def cut(self) -> Shard:
-        """Write the next shard."""
+    def cut(self) -> dict:
+        """Write the next shard; its record in the index."""
         wanted = min(self._task.shard_tokens, self.num_pending)
         taken: list[Run] = []
         missing = wanted
@@ -118,11 +124,18 @@ class Packer:
             missing -= len(taken[-1].ids)
         self.num_pending -= wanted
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"{self.split}-{len(self.shards):06d}.tar"
+        name = f"{self.split}-{self.index.num_shards:06d}.tar"
         whole = join(taken, self._dtype)
-        shard = write_shard(self._folder, name, whole.ids, whole.document_starts, self._dtype, self._task.chunk_tokens)
-        self.shards.append(shard)
-        return shard
+        shard = write_shard(
+            self._folder,
+            name,
+            whole.ids,
+            whole.document_starts,
+            self._dtype,
+            self._task.chunk_tokens,
+            whole.is_target,
+        )
+        return self.index.append(shard)
 
 
 class Splitter:
@@ -150,7 +163,9 @@ class Splitter:
         for chosen in (False, True):
             lengths = np.where(held_out == chosen, tokens.lengths, 0)
             begins = tokens.starts & (lengths > 0)
-            runs.append(Run(tokens.ids[token_held_out == chosen], (np.cumsum(lengths) - lengths)[begins]))
+            is_ours = token_held_out == chosen
+            is_target = None if tokens.is_target is None else tokens.is_target[is_ours]
+            runs.append(Run(tokens.ids[is_ours], (np.cumsum(lengths) - lengths)[begins], is_target))
         following = InputCursor(
             file=unit.next_place[0],
             record=unit.next_place[1],

@@ -12,25 +12,25 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
+from bd3lm_scale.data.chat import chat_format
+from bd3lm_scale.data.index import IndexWriter, open_split
 from bd3lm_scale.data.inputs import changed_inputs
 from bd3lm_scale.data.packing import BAD, IGNORED, SPLITS, InputCursor, Packer, Run, Splitter, join
-from bd3lm_scale.data.shards import (
-    MANIFEST,
-    Manifest,
-    Shard,
-    manifest_from_json,
-    manifest_to_json,
-    shard_from_json,
-    token_dtype,
-    write_file,
+from bd3lm_scale.data.shards import MANIFEST, Manifest, shard_from_json, token_dtype, write_file
+from bd3lm_scale.data.tokenizer import Tokenizer, identity_of
+from bd3lm_scale.data.tokenizing import (
+    Preparation,
+    Tokens,
+    Unit,
+    load_tokenizer_for,
+    num_documents,
+    tokenized_units,
 )
-from bd3lm_scale.data.tokenizer import Tokenizer, identity_of, load_tokenizer
-from bd3lm_scale.data.tokenizing import Preparation, Tokens, Unit, num_documents, tokenized_units
 
 PROGRESS = "progress.jsonl"
 BAD_RECORDS = "bad_records.jsonl"
@@ -56,7 +56,7 @@ def prepare(
     Returns:
         The manifest of each split that has tokens.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer_for(task, tokenizer_path)
     description = _description(task, tokenizer)
     finished = _finished(output, description)
     if finished is not None:
@@ -67,7 +67,7 @@ def prepare(
     bad = _BadRecords(output / BAD_RECORDS, log.head.num_bad)
     tokenizer.save(output / "tokenizer")
     dtype = token_dtype(tokenizer.vocab_size)
-    packers = [Packer(s, output / s, dtype, task, log.shards[s], log.pending(s, dtype)) for s in SPLITS]
+    packers = [Packer(s, output / s, dtype, task, log.indexes[s], log.pending(s, dtype)) for s in SPLITS]
     head = log.head
     for unit, tokens in tokenized_units(task, tokenizer_path, (head.file, head.record), workers):
         runs, head = splitter.split(unit, tokens, head)
@@ -82,42 +82,45 @@ def prepare(
         while packer.num_pending:
             log.append(packer.split, packer.cut(), head, packers)
     _refuse_changes(output, description, _description(task, tokenizer))
-    manifests = _manifests(task, tokenizer, log.shards, head, description)
-    for split, manifest in manifests.items():
-        write_file(output / split / MANIFEST, manifest_to_json(manifest))
+    manifests = _manifests(task, tokenizer, log.indexes, head, description)
+    finished = {split: log.indexes[split].finish(manifest) for split, manifest in manifests.items()}
     log.remove()
-    return manifests
+    return finished
 
 
 def _description(task: Preparation, tokenizer: Tokenizer) -> dict:
     """What the bytes of the result depend on, and its hash."""
     description = {**task.describe(), "tokenizer": tokenizer.hash}
+    if task.messages:
+        description["chat_template"] = chat_format(tokenizer).hash
     fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     return {**description, "fingerprint": fingerprint}
 
 
 def _manifests(
-    task: Preparation, tokenizer: Tokenizer, shards: dict[str, list[Shard]], head: InputCursor, description: dict
+    task: Preparation, tokenizer: Tokenizer, indexes: dict[str, IndexWriter], head: InputCursor, description: dict
 ) -> dict[str, Manifest]:
-    if not any(shards.values()):
+    """What the manifests say beyond the shards, which the indexes know."""
+    if not any(index.num_shards for index in indexes.values()):
         passed = {name: count for name, count in head.counts.items() if name.startswith((BAD, IGNORED))}
         seen = f" ({', '.join(f'{name}: {count:,}' for name, count in passed.items())})" if passed else ""
         raise ValueError(f"no text: the {len(task.files)} input files hold only empty documents, or none{seen}")
     preparation = {**description, "read": _what_was_read(task, head)}
+    identity = replace(identity_of(tokenizer), chat_template=description.get("chat_template", ""))
     return {
         split: Manifest(
             split=split,
             dtype=token_dtype(tokenizer.vocab_size),
             chunk_tokens=task.chunk_tokens,
-            num_tokens=sum(shard.num_tokens for shard in shards[split]),
-            num_documents=sum(shard.num_documents for shard in shards[split]),
+            num_tokens=0,
+            num_documents=0,
             num_text_bytes=head.text_bytes[number],
-            tokenizer=identity_of(tokenizer),
-            shards=tuple(shards[split]),
+            tokenizer=identity,
+            shards=(),
             preparation=preparation,
         )
         for number, split in enumerate(SPLITS)
-        if shards[split]
+        if indexes[split].num_shards
     }
 
 
@@ -140,8 +143,7 @@ def _finished(output: Path, description: dict) -> dict[str, Manifest] | None:
     files = {split: output / split / MANIFEST for split in SPLITS}
     if (output / PROGRESS).exists() or not any(file.exists() for file in files.values()):
         return None
-    text = {split: file.read_text(encoding="utf-8", errors="replace") for split, file in files.items() if file.exists()}
-    manifests = {split: manifest_from_json(content, str(files[split])) for split, content in text.items()}
+    manifests = {split: open_split(output / split) for split, file in files.items() if file.exists()}
     for manifest in manifests.values():
         _refuse_changes(output, manifest.preparation, description)
     return manifests
@@ -199,17 +201,29 @@ class _BadRecords:
             os.fsync(file.fileno())
 
 
+def _indexes(output: Path, entries: list[dict]) -> dict[str, IndexWriter]:
+    """The indexes of the shards that an interrupted run has noted; entries of an earlier version become records."""
+    if any("token_members" in entry["shard"] for entry in entries):
+        indexes = {split: IndexWriter(output / split) for split in SPLITS}
+        for entry in entries:
+            entry["shard"] = indexes[entry["split"]].append(shard_from_json(entry["shard"]))
+        return indexes
+    return {
+        split: IndexWriter(output / split, [entry["shard"] for entry in entries if entry["split"] == split])
+        for split in SPLITS
+    }
+
+
 class _ProgressLog:
     """progress.jsonl: one line per finished shard; pending-N.npz: the tokens that waited when N shards were done.
 
     Attributes:
-        shards: the finished ones of each split.
+        indexes: of the finished shards of each split.
         head: the unit to go on with.
     """
 
     def __init__(self, path: Path, description: dict):
         self._path = path
-        self.shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
         self.head = InputCursor()
         # what follows the last newline was being written when the process died
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
@@ -218,17 +232,17 @@ class _ProgressLog:
         try:
             before, *entries = [json.loads(line) for line in lines]
             _refuse_changes(path.parent, before if isinstance(before, dict) else {}, description)
-            for entry in entries:
-                self.shards[entry["split"]].append(shard_from_json(entry["shard"]))
+            self.indexes = _indexes(path.parent, entries)
+            for entry in entries[-1:]:
                 self.head = InputCursor.from_json(entry["head"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as problem:
             raise ValueError(f"{path}: damaged ({problem}); remove {path.parent} and prepare anew") from problem
-        write_file(path, "\n".join(lines) + "\n")
+        write_file(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in (before, *entries)))
         self._remove_pending(keep=self._num_shards)
 
     @property
     def _num_shards(self) -> int:
-        return sum(map(len, self.shards.values()))
+        return sum(index.num_shards for index in self.indexes.values())
 
     def _pending_file(self, num_shards: int) -> Path:
         return self._path.with_name(f"pending-{num_shards}.npz")
@@ -243,22 +257,16 @@ class _ProgressLog:
         if not self._num_shards:
             return join([], dtype)
         with np.load(self._pending_file(self._num_shards), allow_pickle=False) as arrays:
-            return Run(arrays[f"{split}_ids"], arrays[f"{split}_document_starts"])
+            return Run(arrays[f"{split}_ids"], arrays[f"{split}_document_starts"], arrays.get(f"{split}_is_target"))
 
-    def append(self, split: str, shard: Shard, head: InputCursor, packers: list[Packer]) -> None:
-        """Record a shard that a packer has just added to `shards`."""
-        train, validation = (packer.pending for packer in packers)
+    def append(self, split: str, shard: dict, head: InputCursor, packers: list[Packer]) -> None:
+        """Note a shard that a packer has just added to its index."""
+        arrays = {f"{packer.split}_{name}": array for packer in packers for name, array in vars(packer.pending).items()}
         with self._pending_file(self._num_shards).open("wb") as file:
-            np.savez(
-                file,
-                train_ids=train.ids,
-                train_document_starts=train.document_starts,
-                validation_ids=validation.ids,
-                validation_document_starts=validation.document_starts,
-            )
+            np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
             file.flush()
             os.fsync(file.fileno())
-        entry = {"split": split, "shard": shard.to_json(), "head": asdict(head)}
+        entry = {"split": split, "shard": shard, "head": asdict(head)}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, separators=(",", ":")) + "\n")
             file.flush()

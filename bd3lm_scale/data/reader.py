@@ -1,4 +1,9 @@
-"""Token rows out of shards on a local disk, by byte range; every member is checked once before it is believed."""
+"""Token rows out of shards on a local disk, by byte range; nothing is believed before its checksum has been compared.
+
+A row is read in whole blocks of BLOCK_BYTES with a checksum each: what is read and what is verified stay in proportion
+to the row, however few of a shard's rows this process reads. Shards of earlier versions have one checksum per member:
+there a whole member is read once, the first time that it is touched.
+"""
 
 import os
 import zlib
@@ -8,8 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from bd3lm_scale.data.shards import Manifest, Shard
+from bd3lm_scale.data.shard_list import BLOCK_BYTES, Shard, ShardEntry, ShardList, blocks_per_chunk
+from bd3lm_scale.data.shards import Manifest
 from bd3lm_scale.data.storage import DamagedError, retrying
+from bd3lm_scale.data.targets import TargetIndex
 from bd3lm_scale.errors import BadShardError
 
 _OPEN_SHARDS = 64
@@ -23,15 +30,15 @@ class ShardFiles(Protocol):
     is_remote: bool
     """Whether shards have to be fetched."""
 
-    def open(self, shard: Shard) -> int:
+    def open(self, shard: ShardEntry) -> int:
         """File descriptor of the shard, fetched first where it is remote. OSError or DamagedError."""
         ...
 
-    def discard(self, shard: Shard) -> bool:
+    def discard(self, shard: ShardEntry) -> bool:
         """Told that the shard's local copy is damaged; whether opening it again may give a better one."""
         ...
 
-    def fetch_ahead(self, shards: list[Shard]) -> None:
+    def fetch_ahead(self, shards: list[ShardEntry]) -> None:
         """Hint that these will be opened soon."""
         ...
 
@@ -52,7 +59,10 @@ class _OpenShard:
         lengths = [min(self.chunk_tokens, shard.num_tokens - k * self.chunk_tokens) for k in range(len(self.members))]
         # the tokens are the tail of the member, after the .npy header
         self.first_byte = [o + size - n * self.itemsize for (o, size, _), n in zip(self.members, lengths, strict=True)]
+        self.end_byte = [first + n * self.itemsize for first, n in zip(self.first_byte, lengths, strict=True)]
         self.is_checked = bytearray(len(self.members))
+        self.blocks = None if shard.block_crc32 is None else shard.block_crc32.tolist()
+        self.blocks_per_chunk = blocks_per_chunk(self.chunk_tokens, self.itemsize)
 
     def check(self, chunk: int) -> None:
         """Read a whole member and compare checksum and id range (DamagedError)."""
@@ -62,23 +72,47 @@ class _OpenShard:
             raise DamagedError(f"ends inside chunk {chunk}")
         if zlib.crc32(data) != crc32:
             raise DamagedError(f"flipped bytes in chunk {chunk}: checksum {zlib.crc32(data):08x} is not {crc32:08x}")
-        tokens = np.frombuffer(data, f"<u{self.itemsize}", offset=self.first_byte[chunk] - offset)
-        if len(tokens) and int(tokens.max()) >= self.vocab_size:
-            raise DamagedError(f"token id {int(tokens.max())} in chunk {chunk}, the vocabulary is {self.vocab_size}")
+        self.check_ids(memoryview(data)[self.first_byte[chunk] - offset :], chunk)
         self.is_checked[chunk] = 1
+
+    def check_ids(self, data: memoryview, chunk: int) -> None:
+        """DamagedError where a token is none."""
+        largest = int(np.frombuffer(data, f"<u{self.itemsize}").max(initial=0))
+        if largest >= self.vocab_size:
+            raise DamagedError(f"token id {largest} in chunk {chunk}, the vocabulary is {self.vocab_size}")
 
     def read_into(self, out: memoryview, start: int) -> None:
         """Fill `out`, bytes, with the tokens from `start` on."""
         done, wanted = 0, len(out)
         while done < wanted:
             chunk, inside = divmod(start + done // self.itemsize, self.chunk_tokens)
-            if not self.is_checked[chunk]:
-                self.check(chunk)
             stop = min(wanted, done + (self.chunk_tokens - inside) * self.itemsize)
-            got = os.preadv(self.file, [out[done:stop]], self.first_byte[chunk] + inside * self.itemsize)
-            if got != stop - done:
-                raise DamagedError(f"ends inside chunk {chunk}")
+            if self.blocks is None:
+                self._read_checked_member(out[done:stop], chunk, inside * self.itemsize)
+            else:
+                self._read_blocks(out[done:stop], chunk, inside * self.itemsize, self.blocks)
             done = stop
+
+    def _read_checked_member(self, out: memoryview, chunk: int, offset: int) -> None:
+        if not self.is_checked[chunk]:
+            self.check(chunk)
+        if os.preadv(self.file, [out], self.first_byte[chunk] + offset) != len(out):
+            raise DamagedError(f"ends inside chunk {chunk}")
+
+    def _read_blocks(self, out: memoryview, chunk: int, offset: int, blocks: list[int]) -> None:
+        first, chunk_bytes = offset // BLOCK_BYTES, self.end_byte[chunk] - self.first_byte[chunk]
+        begin = first * BLOCK_BYTES
+        end = min(-(-(offset + len(out)) // BLOCK_BYTES) * BLOCK_BYTES, chunk_bytes)
+        data = memoryview(os.pread(self.file, end - begin, self.first_byte[chunk] + begin))
+        if len(data) != end - begin:
+            raise DamagedError(f"ends inside chunk {chunk}")
+        place = chunk * self.blocks_per_chunk + first
+        for number, at in enumerate(range(0, len(data), BLOCK_BYTES)):
+            found, crc32 = zlib.crc32(data[at : at + BLOCK_BYTES]), blocks[place + number]
+            if found != crc32:
+                raise DamagedError(f"flipped bytes in chunk {chunk}: checksum {found:08x} is not {crc32:08x}")
+        out[:] = data[offset - begin : offset - begin + len(out)]
+        self.check_ids(out, chunk)
 
 
 @dataclass(eq=False)
@@ -86,17 +120,20 @@ class ShardReader:
     """Reads runs of tokens from the shards of one split.
 
     Attributes:
-        manifest: describes the shards.
+        manifest: describes them all.
+        shards: each of them.
         files: where they come from.
         retries: times a failing read is repeated, with growing pauses.
         prefix: what shard names begin with in errors (the dataset's number in a mixture).
     """
 
     manifest: Manifest
+    shards: ShardList
     files: ShardFiles
     retries: int
     prefix: str = ""
     _open: OrderedDict[int, _OpenShard] = field(default_factory=OrderedDict, repr=False)
+    _targets: OrderedDict[int, TargetIndex] = field(default_factory=OrderedDict, repr=False)
 
     def read(self, shard: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
         """Tokens start[i] ... start[i] + length of shard[i], as (n, length) in the stored dtype.
@@ -111,13 +148,27 @@ class ShardReader:
             self._read_row(view[i * row_bytes : (i + 1) * row_bytes], int(shard[i]), int(start[i]))
         return out
 
+    def targets(self, number: int) -> TargetIndex:
+        """The targets of a shard of a manifest that has some; only the index is read. BadShardError."""
+        if number not in self._targets:
+            try:
+                runs = self.shards[number].target_runs
+            except (OSError, DamagedError) as problem:
+                raise BadShardError(self.prefix + self.shards.entry(number).name, str(problem)) from problem
+            assert runs is not None, "a manifest with targets has them in every shard"
+            self._targets[number] = TargetIndex(runs)
+            if len(self._targets) > _OPEN_SHARDS:
+                self._targets.popitem(last=False)
+        self._targets.move_to_end(number)
+        return self._targets[number]
+
     def close(self) -> None:
         """Close all files."""
         for number in list(self._open):
             self._forget(number)
 
     def _read_row(self, out: memoryview, number: int, start: int) -> None:
-        shard = self.manifest.shards[number]
+        shard = self.shards.entry(number)
 
         def recover(problem: Exception) -> bool:
             self._forget(number)
@@ -133,7 +184,7 @@ class ShardReader:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        shard = self.manifest.shards[number]
+        shard = self.shards[number]
         self._open[number] = _OpenShard(self.files.open(shard), shard, self.manifest)
         if len(self._open) > _OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1].file)

@@ -1,16 +1,19 @@
 """Token rows by global sample index: order, shards and mixture joined. Loads no torch: data workers start fast."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data.dataset_folder import read_manifest
 from bd3lm_scale.data.files import open_files
 from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota, weighted_order
 from bd3lm_scale.data.reader import ShardReader
-from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, data_digest, manifest_from_json
-from bd3lm_scale.data.storage import is_remote, join, read_text
+from bd3lm_scale.data.shard_list import ShardList
+from bd3lm_scale.data.shards import Manifest, TokenizerIdentity, data_digest
+from bd3lm_scale.data.targets import RowLayout, TargetIndex
 from bd3lm_scale.errors import ConfigError, NoShardLeftError
 
 
@@ -19,12 +22,18 @@ class _Dataset:
     """One split of one folder of shards."""
 
     manifest: Manifest
+    shards: ShardList
     reader: ShardReader
     order: RowOrder
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether its shards say which tokens are targets."""
+        return self.manifest.num_targets is not None
+
     def shard_name(self, number: int) -> str:
         """What errors and exclusions call the shard."""
-        return self.reader.prefix + self.manifest.shards[number].name
+        return self.reader.prefix + self.shards.entry(number).name
 
 
 class ShardSource:
@@ -39,7 +48,9 @@ class ShardSource:
     Attributes:
         num_rows: rows per epoch, of all datasets together.
         dtype: what rows are read as.
-        tokenizer: the identity all datasets share.
+        tokenizer: the identity all datasets share, with the chat template of those that have one.
+        tokenizer_home: the folder that has it.
+        has_layout: whether some tokens are no targets.
     """
 
     def __init__(self, config: DataConfig, seed: int, split: str, excluded: tuple[str, ...] = ()):
@@ -48,7 +59,8 @@ class ShardSource:
         self.split = split
         self.excluded = excluded
         self._datasets = tuple(_open_dataset(self, path, number) for number, path in enumerate(paths_of(config)))
-        self.tokenizer = _same_tokenizer(config, [d.manifest.tokenizer for d in self._datasets])
+        self.tokenizer, self.tokenizer_home = _same_tokenizer(config, [d.manifest.tokenizer for d in self._datasets])
+        self.has_layout = any(dataset.has_targets for dataset in self._datasets)
         self.dtype = np.dtype(self._datasets[0].manifest.dtype)
         self.num_rows = sum(d.order.num_rows for d in self._datasets)
         self._mixture = None
@@ -58,7 +70,7 @@ class ShardSource:
     @property
     def data_hash(self) -> str:
         """Hash of all shards in order; a copy elsewhere has the same."""
-        return data_digest(dataset.manifest for dataset in self._datasets)
+        return data_digest(dataset.shards for dataset in self._datasets)
 
     def seek(self, origin: int) -> None:
         """Told where a batch reader begins; every row can be read at any time, so nothing to do."""
@@ -75,11 +87,43 @@ class ShardSource:
             dataset, chosen = self._datasets[number], source == number
             if self.split == "train" and dataset.reader.files.is_remote:
                 needed = dataset.order.shards_needed(int(inner[chosen].min()))
-                dataset.reader.files.fetch_ahead([dataset.manifest.shards[i] for i in needed])
+                dataset.reader.files.fetch_ahead([dataset.shards.entry(i) for i in needed])
             length = row_payload(self.config)
             rows = dataset.reader.read(shard[chosen], row[chosen] * length, length)
             out[chosen] = wrap_rows(rows, self.tokenizer) if self.config.wrap_rows else rows
         return out
+
+    def layout(self, sample_index: np.ndarray) -> RowLayout:
+        """The targets of rows, for int64 sample indices (n,). BadShardError.
+
+        In a dataset without marks every token is one; BOS and EOS around a row of answers are none.
+        """
+        source, shard, row, _ = self._locate(sample_index)
+        out = RowLayout(np.ones((len(source), self.config.context_length), bool))
+        length = row_payload(self.config)
+        for chosen, targets in self._marked(source, shard):
+            marks = targets.mark(row[chosen] * length, length)
+            out.is_target[chosen] = np.pad(marks, ((0, 0), (1, 1))) if self.config.wrap_rows else marks
+        return out
+
+    def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
+        """Targets of rows, and how many of them begin a row; int64 (n, 2), from the index alone. BadShardError."""
+        source, shard, row, _ = self._locate(sample_index)
+        out = np.tile(np.array([self.config.context_length, 1], np.int64), (len(source), 1))
+        length = row_payload(self.config)
+        for chosen, targets in self._marked(source, shard):
+            start = row[chosen] * length
+            out[chosen, 0] = targets.count(start, length)
+            out[chosen, 1] = 0 if self.config.wrap_rows else targets.count(start, 1)
+        return out
+
+    def _marked(self, source: np.ndarray, shard: np.ndarray) -> Iterator[tuple[np.ndarray, TargetIndex]]:
+        """(which of the rows, their shard's targets), for every shard that has marks."""
+        for number in np.unique(source):
+            dataset = self._datasets[number]
+            if dataset.has_targets:
+                for one in np.unique(shard[source == number]):
+                    yield np.flatnonzero((source == number) & (shard == one)), dataset.reader.targets(int(one))
 
     @property
     def num_sound_rows(self) -> int:
@@ -159,53 +203,42 @@ def paths_of(config: DataConfig) -> tuple[str, ...]:
     return tuple(str(path).removeprefix("file://") for path in paths)
 
 
-def inside(folder: str, name: str) -> str:
-    """The address of `name` in a dataset folder, local or remote."""
-    return join(folder, name) if is_remote(folder) else f"{folder.rstrip('/')}/{name}"
-
-
-def read_manifest(config: DataConfig, path: str, split: str) -> Manifest:
-    """The manifest of one split of a dataset folder (ValueError when there is none)."""
-    address = inside(path, f"{split}/{MANIFEST}")
-    try:
-        text = read_text(address, config.retries, config.timeout_seconds)
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(
-            f"data.path ({path}): cannot read {split}/{MANIFEST} ({problem}); give a folder written by "
-            "tools/prepare_data.py (make demo-data builds data/demo)"
-        ) from problem
-    manifest = manifest_from_json(text, address)
-    if manifest.split != split:
-        raise ValueError(f"{address}: describes the split {manifest.split!r}; put the right manifest back")
-    return manifest
-
-
 def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
     config, split = source.config, source.split
     manifest = read_manifest(config, path, split)
     prefix = f"{number}:" if config.mixture else ""
-    rows = np.array([shard.num_tokens // row_payload(config) for shard in manifest.shards], np.int64)
+    shards = manifest.shards
+    assert isinstance(shards, ShardList)
+    rows = shards.num_tokens // row_payload(config)
     if not rows.sum():
         raise ValueError(
             f"data.path ({path}): no text: its {manifest.num_tokens} {split} tokens give no row of "
             f"data.context_length={config.context_length}; prepare more text or use shorter rows"
         )
-    damaged = frozenset(i for i, shard in enumerate(manifest.shards) if prefix + shard.name in source.excluded)
+    names = [name.removeprefix(prefix) for name in source.excluded if name.startswith(prefix)]
+    damaged = frozenset(shards.find(names))
     if split == "train" and damaged and not np.delete(rows, sorted(damaged)).any():
-        raise NoShardLeftError(path, [prefix + manifest.shards[i].name for i in sorted(damaged)])
-    if len(damaged) == len(manifest.shards):
+        raise NoShardLeftError(path, [prefix + shards.entry(i).name for i in sorted(damaged)])
+    if len(damaged) == len(shards):
         reason = f"data.path ({path}): every shard is excluded as damaged; restore the {split} shards"
         raise ConfigError([reason], source="the data")
     order = RowOrder(rows, source.seed, config.shuffle_window, number, damaged)
-    reader = ShardReader(manifest, open_files(path, split, config), config.retries, prefix)
-    return _Dataset(manifest, reader, order)
+    reader = ShardReader(manifest, shards, open_files(path, split, config), config.retries, prefix)
+    return _Dataset(manifest, shards, reader, order)
 
 
-def _same_tokenizer(config: DataConfig, identities: list[TokenizerIdentity]) -> TokenizerIdentity:
+def _same_tokenizer(config: DataConfig, identities: list[TokenizerIdentity]) -> tuple[TokenizerIdentity, str]:
+    """The datasets' tokenizer, and the folder to take it from: one that has the chat template of conversations."""
+    chosen = next((number for number, identity in enumerate(identities) if identity.chat_template), 0)
     for path, identity in zip(paths_of(config), identities, strict=True):
         if identity.hash != identities[0].hash:
             raise ValueError(
                 f"data.mixture ({path}): made with tokenizer {identity.hash[:12]}, the first dataset with "
                 f"{identities[0].hash[:12]}; prepare all of them with the same --tokenizer"
             )
-    return identities[0]
+        if identity.chat_template not in ("", identities[chosen].chat_template):
+            raise ValueError(
+                f"data.mixture ({path}): its conversations are written with another chat template than those before; "
+                "prepare all of them with the same --chat-template"
+            )
+    return identities[chosen], paths_of(config)[chosen]

@@ -1,11 +1,15 @@
 """Shards: ordinary webdataset tars of packed token chunks, and the manifest that makes them seekable.
 
-    train/manifest.json        counts, dtype, tokenizer identity, SHA-256 and member index of every shard
+    train/manifest.json        counts, dtype, tokenizer identity, and the digest of what index.bin says of every shard
+    train/index.bin            data/index.py; manifests of version 1 list the shards themselves, here
     train/train-000000.tar     00000000.tokens.npy, 00000000.documents.npy, 00000001.tokens.npy, ...
 
 A shard is one run of tokens cut into chunks of `chunk_tokens` (only its last chunk may be shorter), so token n
 lies in chunk n // chunk_tokens: rows of any length are cut at load time without reading anything else.
 `documents` holds the places in the chunk where a document begins. The bytes depend on the tokens alone.
+
+Shards of conversations say which tokens are targets (version 3): 00000000.targets.npy has the runs of targets in the
+chunk, uint32 (runs, 2), and the index those of the shard (data/targets.py). In all others every token is a target.
 """
 
 import hashlib
@@ -15,23 +19,28 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from bd3lm_scale.data.shard_list import TAR_BLOCK, Shard, ShardList, block_checksums, check_shard, plain_name
+from bd3lm_scale.data.targets import npy_bytes, runs_member, runs_of
+
 FORMAT = "bd3lm_scale.shards"
-VERSION = 1
+VERSIONS = (1, 2, 3)
 MANIFEST = "manifest.json"
-_TAR_BLOCK = 512
-_NPY_HEADER = 128
 _LARGEST_COUNT = 1 << 62
+_DIGEST_SHARDS = 4096
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What the shards know about the tokenizer that made them."""
+    """What the shards know about the tokenizer that made them.
+
+    `chat_template` is the SHA-256 of the template that conversations were written with.
+    """
 
     hash: str
     vocab_size: int
@@ -40,33 +49,19 @@ class TokenizerIdentity:
     eos_token_id: int
     pad_token_id: int
     files: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """One tar.
-
-    Attributes:
-        token_members, document_members: int64 (chunks, 3): offset of the data, size, crc32.
-    """
-
-    name: str
-    size: int
-    sha256: str
-    num_tokens: int
-    num_documents: int
-    token_members: np.ndarray
-    document_members: np.ndarray
+    chat_template: str = ""
 
     def to_json(self) -> dict:
-        """The shard's entry in a manifest."""
-        members = {key: getattr(self, key).tolist() for key in ("token_members", "document_members")}
-        return {**vars(self), **members}
+        """Its entry in a manifest; shards of plain text know no chat template."""
+        return {key: value for key, value in vars(self).items() if key != "chat_template" or value}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One split: its shards in order, and everything needed to read them."""
+    """One split: its shards in order (a ShardList, once it is read), and everything needed to read them.
+
+    `num_targets` is None where every token is a target.
+    """
 
     split: str
     dtype: str
@@ -75,8 +70,9 @@ class Manifest:
     num_documents: int
     num_text_bytes: int
     tokenizer: TokenizerIdentity
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]
     preparation: dict
+    num_targets: int | None = None
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -85,47 +81,80 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def manifest_to_json(manifest: Manifest) -> str:
-    """The manifest as it is stored: stable key order, one shard per line."""
-    head = {
+    """A manifest of version 1, which lists its shards: stable key order, one shard per line."""
+    head = head_to_json(manifest, 1, _rows_digest(manifest))
+    lines = ",\n".join(json.dumps(shard.to_json(), separators=(",", ":")) for shard in manifest.shards)
+    return json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n' + lines + "\n]\n}\n"
+
+
+def head_to_json(manifest: Manifest, version: int, rows_digest: str) -> dict:
+    """All of a manifest but what it says of its shards."""
+    return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": version,
         "split": manifest.split,
         "dtype": manifest.dtype,
         "chunk_tokens": manifest.chunk_tokens,
         "num_tokens": manifest.num_tokens,
         "num_documents": manifest.num_documents,
+        **({} if manifest.num_targets is None else {"num_targets": manifest.num_targets}),
         "num_text_bytes": manifest.num_text_bytes,
-        "rows_sha256": _rows_digest(manifest),
-        "tokenizer": vars(manifest.tokenizer),
+        "rows_sha256": rows_digest,
+        "tokenizer": manifest.tokenizer.to_json(),
         "preparation": manifest.preparation,
     }
-    lines = ",\n".join(json.dumps(shard.to_json(), separators=(",", ":")) for shard in manifest.shards)
-    return json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n' + lines + "\n]\n}\n"
 
 
 def _rows_digest(manifest: Manifest) -> str:
     """Hash of all that decides which tokens a row has, and of the counts: a changed manifest gives no other rows."""
-    counts = [manifest.chunk_tokens, manifest.num_tokens, manifest.num_documents, manifest.num_text_bytes]
-    digest = hashlib.sha256(json.dumps([manifest.split, manifest.dtype, counts]).encode())
+    digest = hashlib.sha256(json.dumps(counts_of(manifest)).encode())
     for shard in manifest.shards:
         digest.update(json.dumps([shard.name, shard.size, shard.sha256, shard.num_tokens]).encode())
         digest.update(shard.token_members.astype("<i8").tobytes() + shard.document_members.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
-def data_digest(manifests: Iterable[Manifest]) -> str:
+def counts_of(manifest: Manifest) -> list:
+    """What a manifest says of all its shards together, for its digest."""
+    counts = [manifest.chunk_tokens, manifest.num_tokens, manifest.num_documents, manifest.num_text_bytes]
+    counts += [] if manifest.num_targets is None else [manifest.num_targets]
+    return [manifest.split, manifest.dtype, counts]
+
+
+def data_digest(lists: Iterable[ShardList]) -> str:
     """Hash of the shards themselves, wherever they lie and whatever they are called."""
-    shards = [[[shard.sha256, shard.num_tokens] for shard in manifest.shards] for manifest in manifests]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+    # the JSON of [[[sha256, num_tokens], ...], ...], without ever holding it
+    digest = hashlib.sha256(b"[")
+    for number, shards in enumerate(lists):
+        digest.update(b", [" if number else b"[")
+        for start in range(0, len(shards), _DIGEST_SHARDS):
+            some = shards.identities(slice(start, start + _DIGEST_SHARDS))
+            digest.update((b", " if start else b"") + json.dumps(some).encode()[1:-1])
+        digest.update(b"]")
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
-def manifest_from_json(text: str, where: str) -> Manifest:
-    """Parse and check a manifest; `where` names it in errors (ValueError)."""
+def manifest_from_json(
+    text: str, where: str, open_index: Callable[[Manifest, dict], ShardList] | None = None
+) -> Manifest:
+    """Parse and check a manifest.
+
+    Args:
+        text: its JSON.
+        where: names it in errors.
+        open_index: gives the shards of a manifest of a later version for its head and its entry "index"; without it the
+            head alone is read, and `shards` stays empty.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
     try:
         raw = json.loads(text)
-        if raw["format"] != FORMAT or raw["version"] != VERSION:
-            raise ValueError(f"format {raw['format']} version {raw['version']}, expected {FORMAT} version {VERSION}")
-        manifest = _parse(raw)
+        if raw["format"] != FORMAT or raw["version"] not in VERSIONS:
+            raise ValueError(f"format {raw['format']} version {raw['version']}, expected {FORMAT} version {VERSIONS}")
+        is_listed = raw["version"] == 1
+        manifest = _parse(raw, is_listed)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
         reason = f"no {problem}" if isinstance(problem, KeyError) else problem
         raise ValueError(f"{where}: not a usable manifest ({reason}); run tools/prepare_data.py again") from problem
@@ -135,26 +164,34 @@ def manifest_from_json(text: str, where: str) -> Manifest:
             "run tools/prepare_data.py again"
         )
     try:
-        _check_layout(manifest)
-        # manifests of earlier versions have no such hash
-        if raw.get("rows_sha256", _rows_digest(manifest)) != _rows_digest(manifest):
-            raise ValueError("its entries were changed: they do not give its rows_sha256")
-    except ValueError as problem:
+        if is_listed:
+            for shard in manifest.shards:
+                check_shard(shard, manifest.dtype, manifest.chunk_tokens)
+            # the first manifests have no such hash
+            if raw.get("rows_sha256", _rows_digest(manifest)) != _rows_digest(manifest):
+                raise ValueError("its entries were changed: they do not give its rows_sha256")
+        elif open_index is not None:
+            manifest = replace(manifest, shards=open_index(manifest, raw))
+        else:
+            return manifest
+        _check_totals(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
         raise ValueError(f"{where}: not a usable manifest ({problem}); restore it, or prepare anew") from problem
     return manifest
 
 
-def _parse(raw: dict) -> Manifest:
+def _parse(raw: dict, is_listed: bool) -> Manifest:
     return Manifest(
         split=_typed(raw, "split", str),
         dtype=_typed(raw, "dtype", str),
-        chunk_tokens=_count(raw, "chunk_tokens", least=1),
-        num_tokens=_count(raw, "num_tokens"),
-        num_documents=_count(raw, "num_documents"),
-        num_text_bytes=_count(raw, "num_text_bytes"),
+        chunk_tokens=whole(raw, "chunk_tokens", least=1),
+        num_tokens=whole(raw, "num_tokens"),
+        num_documents=whole(raw, "num_documents"),
+        num_text_bytes=whole(raw, "num_text_bytes"),
         tokenizer=_identity(_typed(raw, "tokenizer", dict)),
-        shards=tuple(shard_from_json(entry) for entry in _typed(raw, "shards", list)),
+        shards=ShardList.of([shard_from_json(e) for e in _typed(raw, "shards", list)]) if is_listed else (),
         preparation=_typed(raw, "preparation", dict),
+        num_targets=whole(raw, "num_targets") if raw["version"] == 3 else None,
     )
 
 
@@ -164,7 +201,8 @@ def _typed(raw: dict, key: str, kind: type):
     return raw[key]
 
 
-def _count(raw: dict, key: str, least: int = 0) -> int:
+def whole(raw: dict, key: str, least: int = 0) -> int:
+    """A whole number of an entry (ValueError)."""
     value = raw[key]
     if type(value) is not int or not least <= value < _LARGEST_COUNT:
         raise ValueError(f"{key} is {str(value)[:40]}, not a whole number from {least}")
@@ -173,62 +211,47 @@ def _count(raw: dict, key: str, least: int = 0) -> int:
 
 def _identity(raw: dict) -> TokenizerIdentity:
     ids = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-    size = _count(raw, "vocab_size", least=1)
-    found = {key: _count(raw, key) for key in ids}
+    size = whole(raw, "vocab_size", least=1)
+    found = {key: whole(raw, key) for key in ids}
     for key, value in found.items():
         if value >= size:
             raise ValueError(f"{key} is {value}, the vocabulary has {size} ids")
-    files = tuple(_plain_name(name) for name in _typed(raw, "files", list))
-    return TokenizerIdentity(hash=_typed(raw, "hash", str), vocab_size=size, files=files, **found)
+    files = tuple(plain_name(name) for name in _typed(raw, "files", list))
+    template = _typed(raw, "chat_template", str) if "chat_template" in raw else ""
+    return TokenizerIdentity(_typed(raw, "hash", str), size, **found, files=files, chat_template=template)
 
 
-def _check_layout(manifest: Manifest) -> None:
-    """ValueError unless every shard is laid out as `write_shard` does, and the counts add up."""
-    itemsize = np.dtype(manifest.dtype).itemsize
-    for shard in manifest.shards:
-        tokens, documents = shard.token_members, shard.document_members
-        chunks = -(-shard.num_tokens // manifest.chunk_tokens)
-        if len(tokens) != chunks or len(documents) != chunks:
-            raise ValueError(f"{shard.name} has {len(tokens)} members for {chunks} chunks of tokens")
-        lengths = np.full(chunks, manifest.chunk_tokens)
-        lengths[-1] = shard.num_tokens - (chunks - 1) * manifest.chunk_tokens
-        members = np.stack([tokens, documents], axis=1).reshape(-1, 3)
-        in_range = (members >= 0).all() and (members[:, :2] <= shard.size).all() and (members[:, 2] < 1 << 32).all()
-        padded = -(-members[:, 1] // _TAR_BLOCK) * _TAR_BLOCK
-        offsets = _TAR_BLOCK + np.concatenate([[0], np.cumsum(padded[:-1] + _TAR_BLOCK)])
-        fits = (tokens[:, 1] == lengths * itemsize + _NPY_HEADER).all() and (members[:, 0] == offsets).all()
-        if not (in_range and fits and offsets[-1] + padded[-1] <= shard.size):
-            raise ValueError(f"the members of {shard.name} do not lie where its tokens are")
-    names = [shard.name for shard in manifest.shards]
-    if len(set(names)) != len(names):
+def _check_totals(manifest: Manifest) -> None:
+    """ValueError unless the shards are different ones and their counts add up."""
+    shards = manifest.shards
+    assert isinstance(shards, ShardList)
+    if len(np.unique(shards.names)) != len(shards):
         raise ValueError("a shard is listed twice")
     for key in ("num_tokens", "num_documents"):
-        total = sum(getattr(shard, key) for shard in manifest.shards)
+        total = int(getattr(shards, key).sum())
         if total != getattr(manifest, key):
             raise ValueError(f"{key} is {getattr(manifest, key)}, its shards have {total}")
 
 
 def shard_from_json(entry: dict) -> Shard:
     """One entry of a manifest (ValueError, KeyError, TypeError when it is malformed)."""
-    sha256 = _typed(entry, "sha256", str)
-    if not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError(f"sha256 is {sha256[:70]!r}")
     return Shard(
-        name=_plain_name(entry["name"]),
-        size=_count(entry, "size", least=1),
-        sha256=sha256,
-        num_tokens=_count(entry, "num_tokens", least=1),
-        num_documents=_count(entry, "num_documents"),
+        name=plain_name(entry["name"]),
+        size=whole(entry, "size", least=1),
+        sha256=sha256_of(entry, "sha256"),
+        num_tokens=whole(entry, "num_tokens", least=1),
+        num_documents=whole(entry, "num_documents"),
         token_members=_members(entry["token_members"]),
         document_members=_members(entry["document_members"]),
     )
 
 
-def _plain_name(name: str) -> str:
-    """The name, unless it could lead out of its folder (ValueError)."""
-    if not isinstance(name, str) or not name or name != Path(name).name or name.startswith(".") or "\0" in name:
-        raise ValueError(f"{name!r} is not a plain file name")
-    return name
+def sha256_of(entry: dict, key: str) -> str:
+    """A SHA-256 in hexadecimal digits (ValueError)."""
+    text = _typed(entry, key, str)
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError(f"{key} is {text[:70]!r}")
+    return text
 
 
 def _members(entries: list) -> np.ndarray:
@@ -272,14 +295,14 @@ class _HashingFile(io.RawIOBase):
         self._file.close()
 
 
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
 def write_shard(
-    folder: Path, name: str, tokens: np.ndarray, document_starts: np.ndarray, dtype: str, chunk_tokens: int
+    folder: Path,
+    name: str,
+    tokens: np.ndarray,
+    document_starts: np.ndarray,
+    dtype: str,
+    chunk_tokens: int,
+    is_target: np.ndarray | None = None,
 ) -> Shard:
     """Write one shard atomically and return its manifest entry.
 
@@ -290,21 +313,26 @@ def write_shard(
         document_starts: sorted places in `tokens` where a document begins.
         dtype: what the ids are stored as; ValueError if one does not fit.
         chunk_tokens: tokens per member.
+        is_target: bool (n,), which tokens are targets; None: all of them, and nothing is written about it.
     """
     if int(tokens.max()) > np.iinfo(dtype).max:
         raise ValueError(f"token id {int(tokens.max())} does not fit {dtype}; the tokenizer's vocab_size is too small")
     tokens = tokens.astype(np.dtype(dtype).newbyteorder("<"))
     temporary = folder / f".{name}.tmp"
     file = _HashingFile(temporary)
-    token_members, document_members = [], []
+    token_members, document_members, target_members = [], [], []
+    target_runs = None if is_target is None else runs_of(is_target)
     try:
         with tarfile.open(mode="w|", fileobj=file, format=tarfile.USTAR_FORMAT, bufsize=1 << 20) as tar:
             for chunk, start in enumerate(range(0, len(tokens), chunk_tokens)):
                 stop = min(start + chunk_tokens, len(tokens))
                 low, high = np.searchsorted(document_starts, [start, stop])
                 starts = (document_starts[low:high] - start).astype("<u4")
-                token_members.append(_add_member(tar, f"{chunk:08d}.tokens.npy", _npy(tokens[start:stop])))
-                document_members.append(_add_member(tar, f"{chunk:08d}.documents.npy", _npy(starts)))
+                token_members.append(_add_member(tar, f"{chunk:08d}.tokens.npy", npy_bytes(tokens[start:stop])))
+                document_members.append(_add_member(tar, f"{chunk:08d}.documents.npy", npy_bytes(starts)))
+                if target_runs is not None:
+                    runs = runs_member(target_runs, start, stop)
+                    target_members.append(_add_member(tar, f"{chunk:08d}.targets.npy", runs))
         file.finish()
     except BaseException:
         file.abandon()
@@ -319,6 +347,10 @@ def write_shard(
         num_documents=len(document_starts),
         token_members=_members(token_members),
         document_members=_members(document_members),
+        block_crc32=block_checksums(tokens, chunk_tokens),
+        document_starts=np.asarray(document_starts, np.int64),
+        target_members=None if target_runs is None else _members(target_members),
+        target_runs=target_runs,
     )
 
 
@@ -327,5 +359,5 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int,
     info.size = len(data)
     info.mode = 0o644
     tar.addfile(info, io.BytesIO(data))
-    padded = -(-len(data) // _TAR_BLOCK) * _TAR_BLOCK
+    padded = -(-len(data) // TAR_BLOCK) * TAR_BLOCK
     return tar.offset - padded, len(data), zlib.crc32(data)

@@ -7,6 +7,7 @@ import numpy as np
 from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.shard_source import ShardSource
 from bd3lm_scale.data.shards import TokenizerIdentity
+from bd3lm_scale.data.targets import RowLayout
 from bd3lm_scale.data.text_source import TextSource
 
 
@@ -20,6 +21,10 @@ class Source(Protocol):
     num_rows: int
     dtype: np.dtype
     tokenizer: TokenizerIdentity
+    tokenizer_home: str
+    """The dataset folder whose tokenizer is the run's."""
+    has_layout: bool
+    """Whether rows hold tokens that are no targets; without, every row is one text to be predicted."""
 
     @property
     def data_hash(self) -> str:
@@ -30,6 +35,14 @@ class Source(Protocol):
         """Rows (n, L) in `dtype` for int64 sample indices (n,)."""
         ...
 
+    def layout(self, sample_index: np.ndarray) -> RowLayout:
+        """The targets of rows that have a layout, for int64 sample indices (n,)."""
+        ...
+
+    def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
+        """Targets of each row and how many of them begin a document, int64 (n, 2); no token is read."""
+        ...
+
     @property
     def num_sound_rows(self) -> int:
         """Rows per epoch, or for validation those that lie in no excluded shard."""
@@ -37,6 +50,10 @@ class Source(Protocol):
 
     def by_weight(self, position: np.ndarray) -> np.ndarray:
         """The row (n,) at each place of an order whose first N places hold a mixture's datasets by weight."""
+        ...
+
+    def dataset_of(self, sample_index: np.ndarray) -> np.ndarray:
+        """Number of the dataset, in a mixture's order, that each row (n,) comes from."""
         ...
 
     def shard_of(self, sample_index: int) -> str:

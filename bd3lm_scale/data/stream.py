@@ -4,21 +4,25 @@ open_stream(config.data, seed) -> RowStream;   RowStream.read(sample_index) -> (
 """
 
 import dataclasses
+import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from bd3lm_scale.config.schema import DataConfig
+from bd3lm_scale.data.dataset_folder import inside, read_manifest
 from bd3lm_scale.data.files import open_cache
-from bd3lm_scale.data.shard_source import inside, paths_of, read_manifest, row_payload
+from bd3lm_scale.data.shard_source import paths_of, row_payload
 from bd3lm_scale.data.shards import TokenizerIdentity
 from bd3lm_scale.data.source import Source, open_source
 from bd3lm_scale.data.storage import DamagedError, is_remote, retrying, transfer
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
 from bd3lm_scale.errors import BadShardError
-from bd3lm_scale.values import Cursor
+from bd3lm_scale.values import Cursor, Targets
 
 _START = Cursor()
 
@@ -59,6 +63,10 @@ class RowStream:
         self.refuse_mask(rows, index)
         return rows
 
+    def set_of(self, position: np.ndarray) -> np.ndarray:
+        """Number of the mixture's dataset (n,) that each row of `read_held_out` comes from."""
+        return self.source.dataset_of(self.source.by_weight(position))
+
     def refuse_mask(self, rows: np.ndarray, sample_index: np.ndarray) -> None:
         """BadShardError where a text holds the mask: no model can predict it, and the loss would be infinite."""
         holds = (rows == self.mask_token_id).any(axis=1)
@@ -66,6 +74,23 @@ class RowStream:
             index = int(sample_index[holds][0])
             reason = f"the mask, id {self.mask_token_id}, stands in its text (row {index} of the run); prepare it anew"
             raise BadShardError(self.source.shard_of(index), reason)
+
+    def layout(self, sample_index: np.ndarray) -> dict[str, Any]:
+        """What the positions of rows are, by the names in `Rows`; empty where each row is one text to be predicted."""
+        if not self.source.has_layout:
+            return {}
+        return {"is_target_BL": torch.from_numpy(self.source.layout(sample_index).is_target)}
+
+    def held_out_layout(self, position: np.ndarray) -> dict[str, Any]:
+        """`layout` of validation rows at places in the order of evaluation."""
+        return self.layout(self.source.by_weight(position))
+
+    def targets(self, sample_index: np.ndarray) -> Targets | None:
+        """Of all these rows together; None where every token is one."""
+        if not self.source.has_layout:
+            return None
+        tokens, first = self.source.num_targets(sample_index).sum(axis=0).tolist()
+        return Targets(tokens, first)
 
     def without(self, excluded: tuple[str, ...]) -> "RowStream":
         """The same stream going without these shards (and only these)."""
@@ -93,7 +118,7 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
         raise ValueError(f"split {split!r}: use train or validation")
     source = open_source(config, seed, split, tuple(cursor.excluded_shards))
     identity = source.tokenizer
-    folder = _tokenizer_folder(config, identity)
+    folder = _tokenizer_folder(config, identity, source.tokenizer_home)
     return RowStream(
         source,
         source.num_sound_rows,
@@ -106,21 +131,25 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
 
 
 def bytes_per_token(config: DataConfig, split: str) -> float | None:
-    """UTF-8 bytes of text per token of a row, over a whole split; None for text tokenized on the fly."""
+    """UTF-8 bytes of text per token of a row, over a whole split.
+
+    None for text tokenized on the fly, and where only some tokens are targets: nobody has counted their bytes.
+    """
     if config.stream_text:
         return None
     manifests = [read_manifest(config, path, split) for path in paths_of(config)]
+    if any(manifest.num_targets is not None for manifest in manifests):
+        return None
     text_bytes, tokens = sum(m.num_text_bytes for m in manifests), sum(m.num_tokens for m in manifests)
     return text_bytes / tokens * row_payload(config) / config.context_length
 
 
-def _tokenizer_folder(config: DataConfig, identity: TokenizerIdentity) -> str:
-    """Local folder of the tokenizer, which must be the one that made the shards (ValueError)."""
-    path = paths_of(config)[0]
+def _tokenizer_folder(config: DataConfig, identity: TokenizerIdentity, path: str) -> str:
+    """Local folder of the tokenizer in the dataset at `path`; ValueError unless it is the one that made the shards."""
     if config.stream_text and config.tokenizer:
         folder = _kept(config, identity, load_tokenizer(config.tokenizer).save)
     elif is_remote(path):
-        folder = _kept(config, identity, lambda folder: _fetch_tokenizer(config, identity, folder))
+        folder = _kept(config, identity, lambda folder: _fetch_tokenizer(config, identity, path, folder))
     else:
         folder = Path(inside(path, "tokenizer"))
     found = load_tokenizer(folder)
@@ -129,14 +158,17 @@ def _tokenizer_folder(config: DataConfig, identity: TokenizerIdentity) -> str:
             f"data.path ({path}): the shards were made with tokenizer {identity.hash[:12]}, but {folder} holds "
             f"{found.hash[:12]}; put the right one back, or run tools/prepare_data.py again"
         )
-    if dataclasses.replace(identity_of(found), files=()) != dataclasses.replace(identity, files=()):
+    template = hashlib.sha256((found.chat_template or "").encode()).hexdigest()
+    if identity.chat_template not in ("", template):
+        raise ValueError(f"data.path ({path}): its tokenizer has another chat template than its manifest; restore it")
+    if dataclasses.replace(identity_of(found), files=()) != dataclasses.replace(identity, files=(), chat_template=""):
         raise ValueError(f"data.path ({path}): its manifest has other special ids than its tokenizer; restore it")
     return str(folder)
 
 
-def _fetch_tokenizer(config: DataConfig, identity: TokenizerIdentity, folder: Path) -> None:
+def _fetch_tokenizer(config: DataConfig, identity: TokenizerIdentity, path: str, folder: Path) -> None:
     for name in identity.files:
-        address = inside(paths_of(config)[0], f"tokenizer/{name}")
+        address = inside(path, f"tokenizer/{name}")
         try:
             retrying(lambda a=address, n=name: transfer(a, folder / n, config.timeout_seconds), config.retries)
         except (OSError, DamagedError) as problem:
@@ -146,7 +178,7 @@ def _fetch_tokenizer(config: DataConfig, identity: TokenizerIdentity, folder: Pa
 def _kept(config: DataConfig, identity: TokenizerIdentity, fill: Callable[[Path], None]) -> Path:
     """A folder in the cache that `fill` has written once for all processes of the node."""
     cache = open_cache(config).folder
-    folder = cache / f".tokenizer-{identity.hash[:16]}"
+    folder = cache / f".tokenizer-{identity.hash[:16]}{identity.chat_template[:16]}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=cache, prefix=".filling-") as temporary:
             full = Path(temporary) / "tokenizer"

@@ -16,6 +16,7 @@ from bd3lm_scale.data.documents import BY_NAME, BadRecordError, read_records, re
 from bd3lm_scale.data.inputs import find_inputs
 from bd3lm_scale.data.shard_source import row_payload, wrap_rows
 from bd3lm_scale.data.shards import token_dtype
+from bd3lm_scale.data.targets import RowLayout
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
 from bd3lm_scale.rng import derive_key, permute
 
@@ -41,6 +42,7 @@ class TextSource:
         self.seed = seed
         self.split = split
         self.excluded: tuple[str, ...] = ()
+        self.has_layout, self.tokenizer_home = False, config.path
         self._tokenizer = load_tokenizer(config.tokenizer)
         self.tokenizer = identity_of(self._tokenizer)
         self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
@@ -79,6 +81,14 @@ class TextSource:
             self._next = wanted + 1
         return wrap_rows(out, self.tokenizer) if self.config.wrap_rows else out
 
+    def layout(self, sample_index: np.ndarray) -> RowLayout:
+        """Nobody asks: every token is a target."""
+        raise ValueError("data.stream_text (true): its rows are a stream of text, all of it to be predicted")
+
+    def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
+        """See `layout`."""
+        raise ValueError("data.stream_text (true): its rows are a stream of text, all of it to be predicted")
+
     @property
     def num_sound_rows(self) -> int:
         """All of them."""
@@ -87,6 +97,10 @@ class TextSource:
     def by_weight(self, position: np.ndarray) -> np.ndarray:
         """The rows as they are."""
         return position
+
+    def dataset_of(self, sample_index: np.ndarray) -> np.ndarray:
+        """All text is one dataset."""
+        return np.zeros_like(sample_index)
 
     def shard_of(self, sample_index: int) -> str:
         """The text as a whole: rows do not know where they come from."""

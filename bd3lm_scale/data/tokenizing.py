@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from bd3lm_scale.data import documents
+from bd3lm_scale.data.chat import chat_format, encode_record
 from bd3lm_scale.data.detokenize import DETOKENIZERS
 from bd3lm_scale.data.inputs import fingerprint
 from bd3lm_scale.data.shards import token_dtype
@@ -43,6 +44,8 @@ class Preparation:
         options: how files become documents.
         detokenizer: one of DETOKENIZERS, or none.
         insert_eos: end each document with EOS.
+        messages: documents are conversations, of which the assistant's answers are targets; options.field names them.
+        chat_template: a file in place of the tokenizer's own chat template.
         on_bad_record: "stop" at what is no document, or "skip" and list it.
         shard_tokens, chunk_tokens: tokens per shard and per member.
         ignored: files beside the inputs that are not read, by kind; for the record only.
@@ -59,6 +62,8 @@ class Preparation:
     shard_tokens: int = 1 << 25
     chunk_tokens: int = 1 << 16
     ignored: tuple[tuple[str, int], ...] = ()
+    messages: bool = False
+    chat_template: str | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -68,10 +73,20 @@ class Preparation:
     def describe(self) -> dict:
         """What the bytes of the result depend on, without the paths of this machine."""
         raw = asdict(self)
-        del raw["ignored"]
+        del raw["ignored"], raw["chat_template"]
+        if not self.messages:
+            del raw["messages"]
         for key in ("inputs", "validation_inputs"):
             raw[key] = [fingerprint(path) for path in raw[key]]
         return raw | {"reading": READING}
+
+
+def load_tokenizer_for(task: Preparation, path: str) -> Tokenizer:
+    """The tokenizer at `path`, with the task's chat template (ValueError where conversations have none)."""
+    tokenizer = load_tokenizer(path, task.chat_template)
+    if task.messages:
+        chat_format(tokenizer)
+    return tokenizer
 
 
 def file_size(path: str) -> int | None:
@@ -112,6 +127,7 @@ class Tokens:
         starts: whether a document starts here.
         hashes: 32-bit hashes of the beginning of the text, as int64.
         bad: (record of the unit, kind, reason) of each that is no document; it has no tokens.
+        is_target: of all tokens, whether they are targets; None: all are.
     """
 
     ids: np.ndarray
@@ -120,6 +136,7 @@ class Tokens:
     starts: np.ndarray
     hashes: np.ndarray
     bad: tuple[tuple[int, str, str], ...] = ()
+    is_target: np.ndarray | None = None
 
 
 def cut_units(task: Preparation, position: tuple[int, int] = (0, 0), whole: bool = False) -> Iterator[Unit]:
@@ -156,22 +173,13 @@ def _records(path: str, task: Preparation, meter: documents.Meter, whole: bool) 
 def tokenize(unit: Unit, task: Preparation, tokenizer: Tokenizer) -> Tokens:
     """Tokens of a unit (ValueError naming file and record for what is no document, unless such are skipped)."""
     bad: dict[int, documents.BadRecordError] = {}
-    texts = []
-    for number, record in enumerate(unit.records):
-        text = ""
-        try:
-            text = documents.record_text(record, task.options)
-        except documents.BadRecordError as problem:
-            bad[number] = problem
-        texts.append(DETOKENIZERS[task.detokenizer](text) if task.detokenizer and number not in bad else text)
-    encoded = _encode(texts, tokenizer, bad)
+    is_target: list[bool] | None = [] if task.messages else None
+    if is_target is None:
+        texts, encoded = _encode_texts(unit, task, tokenizer, bad)
+    else:
+        texts, encoded = _encode_conversations(unit, task, tokenizer, bad, is_target)
     if bad and task.on_bad_record == "stop":
         raise ValueError(_first_bad(unit, bad))
-    if task.insert_eos:
-        for number, (record, ids) in enumerate(zip(unit.records, encoded, strict=True)):
-            # nothing ends where nothing began: an empty document leaves no trace
-            if record.ends_document and number not in bad and (ids or not record.starts_document):
-                ids.append(tokenizer.eos_token_id)
     ids = np.fromiter(itertools.chain.from_iterable(encoded), np.int64, sum(map(len, encoded)))
     if ids.size and int(ids.max()) >= tokenizer.vocab_size:
         raise ValueError(f"{unit.path}: token id {int(ids.max())} is outside the vocabulary of {tokenizer.vocab_size}")
@@ -184,7 +192,59 @@ def tokenize(unit: Unit, task: Preparation, tokenizer: Tokenizer) -> Tokens:
         starts=np.array([record.starts_document for record in unit.records], bool),
         hashes=np.array(hashes, np.int64),
         bad=tuple((number, problem.kind, problem.reason) for number, problem in sorted(bad.items())),
+        is_target=None if is_target is None else np.array(is_target, bool),
     )
+
+
+def _encode_texts(
+    unit: Unit, task: Preparation, tokenizer: Tokenizer, bad: dict[int, documents.BadRecordError]
+) -> tuple[list[str], list[list[int]]]:
+    """Text and ids of each record, EOS included."""
+    texts = []
+    for number, record in enumerate(unit.records):
+        text = ""
+        try:
+            text = documents.record_text(record, task.options)
+        except documents.BadRecordError as problem:
+            bad[number] = problem
+        texts.append(DETOKENIZERS[task.detokenizer](text) if task.detokenizer and number not in bad else text)
+    encoded = _encode(texts, tokenizer, bad)
+    if task.insert_eos:
+        for number, (record, ids) in enumerate(zip(unit.records, encoded, strict=True)):
+            # nothing ends where nothing began: an empty document leaves no trace
+            if record.ends_document and number not in bad and (ids or not record.starts_document):
+                ids.append(tokenizer.eos_token_id)
+    return texts, encoded
+
+
+def _encode_conversations(
+    unit: Unit,
+    task: Preparation,
+    tokenizer: Tokenizer,
+    bad: dict[int, documents.BadRecordError],
+    is_target: list[bool],
+) -> tuple[list[str], list[list[int]]]:
+    """Text and ids of each conversation; its targets join `is_target`.
+
+    A conversation ends with EOS, which is a target only where no token of the template's has ended its last answer.
+    """
+    texts: list[str] = []
+    encoded: list[list[int]] = []
+    for number, record in enumerate(unit.records):
+        try:
+            found = encode_record(record, task.options, chat_format(tokenizer))
+        except documents.BadRecordError as problem:
+            bad[number] = problem
+            texts.append("")
+            encoded.append([])
+            continue
+        if task.insert_eos and found.ids[-1] != tokenizer.eos_token_id:
+            found.ids.append(tokenizer.eos_token_id)
+            found.is_target.append(found.ends_open)
+        texts.append(found.text)
+        encoded.append(found.ids)
+        is_target += found.is_target
+    return texts, encoded
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer, bad: dict[int, documents.BadRecordError]) -> list[list[int]]:
@@ -227,7 +287,7 @@ _in_worker: dict = {}
 
 
 def _start_worker(task: Preparation, tokenizer_path: str) -> None:
-    _in_worker.update(task=task, tokenizer=load_tokenizer(tokenizer_path))
+    _in_worker.update(task=task, tokenizer=load_tokenizer_for(task, tokenizer_path))
 
 
 def _tokenize_in_worker(unit: Unit) -> Tokens:
@@ -245,7 +305,7 @@ def tokenized_units(
         position: (file, record) to begin at.
         workers: processes; 0 tokenizes in this one.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer_for(task, tokenizer_path)
     units = cut_units(task, position, whole=must_stay_whole(task, tokenizer))
     if workers == 0:
         yield from ((unit, tokenize(unit, task, tokenizer)) for unit in units)

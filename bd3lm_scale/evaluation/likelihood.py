@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     if loaded.engine.mesh.is_main_rank:
         print(report(loaded, result))
         metrics = dict(vars(result.likelihood))
+        if result.by_set:
+            metrics["sets"] = {name: vars(figures) for name, figures in result.by_set.items()}
         if variance is not None:
             print(format_report(variance))
             metrics["variance"] = variance.as_dict()
@@ -104,6 +106,11 @@ def _open(loaded: Loaded, split: str) -> RowStream:
     return open_stream(loaded.config.data, loaded.config.seed, split)
 
 
+def _text_name(loaded: Loaded) -> str:
+    data = loaded.config.data
+    return f"a mixture of {len(data.mixture)}" if data.mixture else str(data.path)
+
+
 def report(loaded: Loaded, result: Validation) -> str:
     """The metrics as a small table."""
     metrics = result.likelihood
@@ -113,9 +120,13 @@ def report(loaded: Loaded, result: Validation) -> str:
     return "\n".join(
         [
             f"checkpoint  {loaded.reader.path} (step {loaded.reader.meta['step']}, {loaded.weights} weights)",
-            f"text        {loaded.config.data.path}: {metrics.num_rows:,} rows, {metrics.num_tokens:,} tokens",
+            f"text        {_text_name(loaded)}: {metrics.num_rows:,} rows, {metrics.num_tokens:,} tokens",
             f"{bound}       {metrics.nelbo:.4f} +- {metrics.stderr:.4f} nats per token{noise}",
             f"PPL         {metrics.ppl:.3f} +- {metrics.ppl_stderr:.3f}",
             f"bits/token  {metrics.bits_per_token:.4f}" + per_byte,
+            *(
+                f"  PPL {figures.ppl:.3f} +- {figures.ppl_stderr:.3f}  {name} ({figures.num_rows:,} rows)"
+                for name, figures in result.by_set.items()
+            ),
         ]
     )

@@ -196,6 +196,7 @@ def _validate(session: Session, held_out: RowStream, metrics: MetricsWriter, wat
         "validation",
         session.step,
         **vars(likelihood),
+        **({"sets": {name: vars(figures) for name, figures in result.by_set.items()}} if result.by_set else {}),
         clip_low=session.clip_interval.low,
         clip_high=session.clip_interval.high,
         variance={f"{low:g}-{high:g}": loss.variance for (low, high), loss in table.items()},

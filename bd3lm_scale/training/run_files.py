@@ -47,6 +47,7 @@ def is_tokenizer_of(folder: Path, stream: RowStream) -> bool:
         if not any(filecmp.cmpfiles(source, folder, names, shallow=False)[1:]):
             return True
     try:
-        return load_tokenizer(folder).hash == stream.tokenizer_hash
+        kept = load_tokenizer(folder)
+        return (kept.hash, kept.chat_template) == (stream.tokenizer_hash, load_tokenizer(source).chat_template)
     except Exception:  # whatever a damaged file makes of a parser
         return False

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bd3lm_scale.data.index import IndexWriter
 from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, manifest_to_json, token_dtype, write_shard
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
 
@@ -11,9 +12,14 @@ CHUNK_TOKENS = 16
 
 
 def write_split(
-    folder: Path, split: str, shards: list[np.ndarray], identity: TokenizerIdentity, chunk_tokens: int = CHUNK_TOKENS
+    folder: Path,
+    split: str,
+    shards: list[np.ndarray],
+    identity: TokenizerIdentity,
+    chunk_tokens: int = CHUNK_TOKENS,
+    version: int = 2,
 ) -> Manifest:
-    """Shards of given tokens, each of them one document."""
+    """Shards of given tokens, each of them one document; version 1 is a manifest that lists them, without index."""
     target = folder / split
     target.mkdir(parents=True)
     dtype = token_dtype(identity.vocab_size)
@@ -23,11 +29,18 @@ def write_split(
     )
     total = sum(map(len, shards))
     manifest = Manifest(split, dtype, chunk_tokens, total, len(shards), 0, identity, entries, {})
-    (target / MANIFEST).write_text(manifest_to_json(manifest))
-    return manifest
+    if version == 1:
+        (target / MANIFEST).write_text(manifest_to_json(manifest))
+        return manifest
+    index = IndexWriter(target)
+    for entry in entries:
+        index.append(entry)
+    return index.finish(manifest)
 
 
-def write_set(folder: Path, tokenizer_path: Path, shard_lengths: list[int], offset: int = 0) -> list[np.ndarray]:
+def write_set(
+    folder: Path, tokenizer_path: Path, shard_lengths: list[int], offset: int = 0, version: int = 2
+) -> list[np.ndarray]:
     """A folder as prepare_data writes it; token n of the whole set is (offset + n) mod vocabulary."""
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.save(folder / "tokenizer")
@@ -35,8 +48,8 @@ def write_set(folder: Path, tokenizer_path: Path, shard_lengths: list[int], offs
     ends = np.cumsum(shard_lengths)
     numbers = [np.arange(e - n, e) + offset for e, n in zip(ends, shard_lengths, strict=True)]
     shards = [n % tokenizer.vocab_size for n in numbers]
-    write_split(folder, "train", shards, identity)
-    write_split(folder, "validation", shards[:2], identity)
+    write_split(folder, "train", shards, identity, version=version)
+    write_split(folder, "validation", shards[:2], identity, version=version)
     return shards
 
 

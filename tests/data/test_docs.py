@@ -13,9 +13,10 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 
-from bd3lm_scale.data.shards import manifest_from_json
+from bd3lm_scale.data.index import open_split
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from tests.data.conftest import TEXT
+from tests.data.templates import MARKED, turns, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(r"^python tools/(?:.*\\\n)*.*$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
@@ -30,10 +31,6 @@ def run_tool(command: str) -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main([*arguments, "--workers", "0"] if script.endswith("prepare_data.py") else arguments)
-
-
-def manifest(folder: Path, split: str):
-    return manifest_from_json((folder / split / "manifest.json").read_text(), str(folder))
 
 
 @pytest.fixture
@@ -72,9 +69,22 @@ def test_lm1b_as_written(machine):
     (command,) = [c for c in COMMANDS if "training-monolingual" in c]
     assert run_tool(command) == 0
     for split in ("train", "validation"):
-        found = manifest(machine / "data" / "lm1b", split)
+        found = open_split(machine / "data" / "lm1b" / split)
         assert (found.num_documents, found.num_tokens) == (2, 9)
         assert found.num_text_bytes == len("The cat sat.the cat.")
+
+
+def test_conversations_as_written(machine):
+    commands = [c for c in COMMANDS if " talk.jsonl " in c]
+    assert len(commands) == 2
+    talk = turns("2 + 2?", "4")
+    (machine / "talk.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 3)
+    (machine / "mine.jinja").write_text(MARKED)
+    write_tokenizer(machine / "qwen")
+    assert [run_tool(c) for c in commands] == [0, 0]
+    for name in ("talk", "mine"):
+        assert open_split(machine / "data" / name / "train").num_targets == 2 * len(["4", "<|im_end|>"])
+        assert load_tokenizer(machine / "data" / name / "tokenizer").chat_template
 
 
 def test_every_option_of_the_document_exists():

@@ -56,7 +56,7 @@ def changed(text: str, draw: random.Random) -> str:
 
 @pytest.mark.parametrize("has_hash", [True, False], ids=["as written now", "as earlier versions wrote it"])
 def test_a_changed_manifest_gives_the_same_rows_or_one_error(tmp_path, tokenizer_path, has_hash):
-    write_set(tmp_path, tokenizer_path, [70, 40, 40])
+    write_set(tmp_path, tokenizer_path, [70, 40, 40], version=1)
     config = DataConfig(path=str(tmp_path), context_length=8, retries=0)
     file = tmp_path / "train" / "manifest.json"
     text = file.read_text()
@@ -81,8 +81,35 @@ def test_a_changed_manifest_gives_the_same_rows_or_one_error(tmp_path, tokenizer
         assert other <= 5, "without the hash, whole shards can change places or go"
 
 
-def test_every_number_and_order_in_the_manifest_is_bound(tmp_path, tokenizer_path):
+def test_a_changed_head_or_index_gives_the_same_rows_or_one_error(tmp_path, tokenizer_path):
     write_set(tmp_path, tokenizer_path, [70, 40, 40])
+    config = DataConfig(path=str(tmp_path), context_length=8, retries=0)
+    manifest, index = tmp_path / "train" / "manifest.json", tmp_path / "train" / "index.bin"
+    text, table = manifest.read_text(), index.read_bytes()
+    rows = open_stream(config, 1).read(np.arange(30))
+    draw, refused = random.Random(7), []
+    for case in range(CASES):
+        if case % 2:
+            manifest.write_text(changed(text, draw), errors="surrogatepass")
+            index.write_bytes(table)
+        else:
+            manifest.write_text(text)
+            place = draw.randrange(len(table))
+            end = draw.choice([place + 1, place + 9, len(table)])
+            index.write_bytes(table[:place] + draw.randbytes(draw.choice([0, 1, 8])) + table[end:])
+        try:
+            got = open_stream(config, 1).read(np.arange(30))
+        except (ValueError, BadShardError) as problem:
+            refused.append(str(problem))
+        else:
+            assert got.shape == rows.shape
+            assert (got == rows).all()
+    assert len(refused) > CASES // 2
+    assert [reason for reason in refused if str(tmp_path) not in reason and "train-" not in reason] == []
+
+
+def test_every_number_and_order_in_the_manifest_is_bound(tmp_path, tokenizer_path):
+    write_set(tmp_path, tokenizer_path, [70, 40, 40], version=1)
     text = (tmp_path / "train" / "manifest.json").read_text()
     assert manifest_to_json(manifest_from_json(text, "here")) == text
     raw = json.loads(text)

@@ -10,6 +10,7 @@ import webdataset
 
 from bd3lm_scale.config.schema import DataConfig, MixtureSource
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
+from bd3lm_scale.data.index import open_split
 from bd3lm_scale.data.order import mixture_quota
 from bd3lm_scale.data.shards import TokenizerIdentity, manifest_from_json, manifest_to_json, token_dtype, write_shard
 from bd3lm_scale.data.source import open_source
@@ -34,6 +35,11 @@ def dataset(tmp_path, tokenizer_path):
     return tmp_path / "set", write_set(tmp_path / "set", tokenizer_path, LENGTHS)
 
 
+@pytest.fixture
+def old_dataset(tmp_path, tokenizer_path):
+    return tmp_path / "old", write_set(tmp_path / "old", tokenizer_path, LENGTHS, version=1)
+
+
 def config(folder, **changes) -> DataConfig:
     return DataConfig(
         **{"path": folder and str(folder), "context_length": 8, "shuffle_window": 2, "retries": 1, **changes}
@@ -42,7 +48,7 @@ def config(folder, **changes) -> DataConfig:
 
 def test_plain_webdataset_reads_our_shards(dataset):
     folder, shards = dataset
-    manifest = manifest_from_json((folder / "train" / "manifest.json").read_text(), "here")
+    manifest = open_split(folder / "train")
     for shard, tokens in zip(manifest.shards, shards, strict=True):
         samples = list(webdataset.WebDataset(str(folder / "train" / shard.name), shardshuffle=False).decode())
         assert [s["__key__"] for s in samples] == [f"{i:08d}" for i in range(-(-len(tokens) // 16))]
@@ -58,14 +64,14 @@ def test_equal_tokens_give_equal_bytes(tmp_path):
     assert dataclasses.replace(second, name="a.tar").to_json() == first.to_json()
 
 
-def test_manifest_survives_the_round_trip(dataset):
-    text = (dataset[0] / "train" / "manifest.json").read_text()
+def test_manifest_survives_the_round_trip(old_dataset):
+    text = (old_dataset[0] / "train" / "manifest.json").read_text()
     assert manifest_to_json(manifest_from_json(text, "here")) == text
 
 
 @pytest.mark.parametrize("name", ["../escape.tar", "/etc/passwd", "a/b.tar", ".hidden", "..", ""])
-def test_names_cannot_leave_their_folder(dataset, name):
-    text = (dataset[0] / "train" / "manifest.json").read_text()
+def test_names_cannot_leave_their_folder(old_dataset, name):
+    text = (old_dataset[0] / "train" / "manifest.json").read_text()
     for place in ("shard", "tokenizer file"):
         raw = json.loads(text)
         if place == "shard":
@@ -227,9 +233,10 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_shard_is_named_and_can_be_excluded(dataset, damage):
-    folder = dataset[0]
+def test_damaged_shard_is_named_and_can_be_excluded(request, damage, version):
+    folder = request.getfixturevalue("dataset" if version == 2 else "old_dataset")[0]
     sound = open_stream(config(folder), 1)
     index = np.arange(2 * sound.num_rows)
     before = sound.read(index)

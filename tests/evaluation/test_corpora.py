@@ -78,3 +78,28 @@ def test_bad_corpora_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"holds no validation split; prepare it with: tools/prepare_data\.py"):
         parse_corpora([f"ptb={tmp_path}"])
     assert parse_corpora(["heldout"]) == {"heldout": None}
+
+
+def test_a_mixture_gives_the_perplexity_of_each_of_its_sets(corpora, tmp_path, capsys):
+    run = make_run(tmp_path / "ar", objective="ar")  # exact: no noise stands between one set alone and in the mixture
+
+    def figures(*settings: str) -> dict:
+        file = tmp_path / "figures.json"
+        assert evaluate([str(run), *settings, "runtime.device=cpu", "--json", str(file)]) == 0
+        return json.loads(file.read_text())
+
+    sources = ", ".join(f"{{path: {corpora[name]}, weight: {weight}}}" for name, weight in (("ptb", 1), ("mine", 3)))
+    mixed = figures("data.path=null", f"data.mixture=[{sources}]", "--rows", "12", "evaluation.micro_batch_size=5")
+    sets = {name.split("/")[-1]: found for name, found in mixed["sets"].items()}
+    assert {name: found["num_rows"] for name, found in sets.items()} == {"ptb": 3, "mine": 9}
+    printed = capsys.readouterr().out
+    for name, found in sets.items():
+        alone = figures(f"data.path={corpora[name]}", "--rows", str(found["num_rows"]))
+        assert "sets" not in alone
+        for key in ("nelbo", "ppl", "stderr", "num_tokens"):
+            assert found[key] == pytest.approx(alone[key], rel=1e-6), (name, key)
+        assert f"PPL {found['ppl']:.3f} +- {found['ppl'] * found['stderr']:.3f}  " in printed
+    nats = sum(found["nelbo"] * found["num_tokens"] for found in sets.values())
+    assert mixed["nelbo"] == pytest.approx(nats / mixed["num_tokens"])
+    only_one = figures("data.path=null", f"data.mixture=[{sources}]", "--rows", "1")
+    assert [name.split("/")[-1] for name in only_one["sets"]] == ["mine"], "a set without rows has no figure"

@@ -62,6 +62,10 @@ class RandomStream:
 
     read_held_out = read
 
+    @staticmethod
+    def held_out_layout(position: np.ndarray) -> dict:
+        return {}
+
 
 def batches_of(config: RunConfig, mesh: Mesh, step: int) -> list[Rows]:
     size = config.train.global_batch_size

@@ -23,6 +23,7 @@ MODEL = [
 ]  # fmt: skip
 
 
+pytestmark = pytest.mark.slow
 PAGE = ROOT / "docs" / "conversion.md"
 
 
@@ -122,7 +123,6 @@ def test_block_diffusion_starts_from_it_in_any_layout(decoder, trainer, tmp_path
     assert abs(losses["plain"][0] - losses["shifted"][0]) > 1e-2
 
 
-@pytest.mark.slow
 def test_the_commands_of_the_page_run_as_written(decoder, tmp_path):
     """docs/conversion.md, from a downloaded folder to an export that generates and scores; training is made smaller."""
     folder, _ = decoder

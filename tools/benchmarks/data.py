@@ -17,8 +17,9 @@ import psutil
 from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.batches import BatchPlan, BatchReader
 from bd3lm_scale.data.demo_corpus import demo_documents
+from bd3lm_scale.data.index import IndexWriter
 from bd3lm_scale.data.prepare import prepare
-from bd3lm_scale.data.shards import MANIFEST, Manifest, TokenizerIdentity, manifest_to_json, write_shard
+from bd3lm_scale.data.shards import Manifest, write_shard
 from bd3lm_scale.data.stream import RowStream, open_stream
 from bd3lm_scale.data.tokenizer import identity_of, load_tokenizer
 from bd3lm_scale.data.tokenizing import Preparation
@@ -60,19 +61,13 @@ def make_set(folder: Path, tokenizer_path: str, num_shards: int, shard_tokens: i
     tokenizer.save(folder / "tokenizer")
     for split, count in (("train", num_shards), ("validation", 1)):
         (folder / split).mkdir(parents=True)
-        shards = []
+        index = IndexWriter(folder / split)
         for number in range(count):
             tokens = np.random.default_rng(number).integers(0, identity.vocab_size, shard_tokens)
             starts = np.arange(0, shard_tokens, 1000)
             name = f"{split}-{number:06d}.tar"
-            shards.append(write_shard(folder / split, name, tokens, starts, "uint16", CHUNK_TOKENS))
-        manifest = _manifest(split, identity, shards)
-        (folder / split / MANIFEST).write_text(manifest_to_json(manifest))
-
-
-def _manifest(split: str, identity: TokenizerIdentity, shards: list) -> Manifest:
-    tokens, documents = sum(s.num_tokens for s in shards), sum(s.num_documents for s in shards)
-    return Manifest(split, "uint16", CHUNK_TOKENS, tokens, documents, 0, identity, tuple(shards), {})
+            index.append(write_shard(folder / split, name, tokens, starts, "uint16", CHUNK_TOKENS))
+        index.finish(Manifest(split, "uint16", CHUNK_TOKENS, 0, 0, 0, identity, (), {}))
 
 
 def _corpus(folder: Path, num_documents: int | None) -> tuple[Path, Path]:
