@@ -300,7 +300,7 @@ class TrainConfig:
     deterministic: Flag = False
     """Deterministic GPU kernels (slower)."""
     compile: Flag = False
-    """torch.compile the layers (GPU)."""
+    """torch.compile the layers (GPU); off by default until it has been measured on one."""
     threads: Annotated[Whole, Field(ge=0, le=4096)] = 1
     """CPU threads per rank when training on the CPU; 0 leaves torch's default."""
     time_limit_minutes: Amount | None = None

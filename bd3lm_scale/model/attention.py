@@ -13,12 +13,13 @@ Megatron hands over tensors as (P, B, H, K).
 import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from bd3lm_scale.config.checks import MIN_FLEX_WIDTH
 from bd3lm_scale.model.document_attention import DocumentPattern
@@ -45,31 +46,31 @@ class AttentionPattern:
         self.num_positions = visibility.view_P.numel()
         self._on_device: dict[Any, Any] = {}
         self._packed: OrderedDict[bytes, DocumentPattern] = OrderedDict()
+        view, segment, block = visibility.view_P, visibility.segment_P, visibility.block_P
+        # every position sees every other (MDLM, SEDD); ordinary causal attention (AR)
+        self.is_full = all(bool((t == t[0]).all()) for t in (view, segment, block))
+        one_text = bool((segment == segment[0]).all()) and bool((view == CLEAN_VIEW).all())
+        self.is_causal = one_text and bool((block == torch.arange(self.num_positions)).all())
 
-    @cached_property
-    def is_full(self) -> bool:
-        """Every position sees every other (MDLM, SEDD)."""
-        v = self.visibility
-        return all(bool((t == t[0]).all()) for t in (v.view_P, v.segment_P, v.block_P))
-
-    @cached_property
-    def is_causal(self) -> bool:
-        """Ordinary causal attention (AR)."""
-        v = self.visibility
-        same = bool((v.segment_P == v.segment_P[0]).all()) and bool((v.view_P == CLEAN_VIEW).all())
-        return same and bool((v.block_P == torch.arange(self.num_positions)).all())
+    def prepare(self, num_queries: int, head_width: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Make what `attend` would make when it is first called."""
+        kind = self._kind(num_queries, head_width, device)
+        if kind == "dense":
+            self.dense(device)
+        elif kind == "flex":
+            self._block_mask(device, num_queries)
+        elif kind == "chunked":
+            self._chunks(device, dtype)
 
     def attend(self, query_PBHK: Tensor, key_PBHK: Tensor, value_PBHK: Tensor, num_queries: int) -> Tensor:
         """Attention output (num_queries, B, H * K) of the first `num_queries` positions."""
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_PBHK[:num_queries], key_PBHK, value_PBHK))
-        backend = self.backend
-        if backend == "auto":
-            backend = "flex" if query.is_cuda and query.shape[3] >= MIN_FLEX_WIDTH else "chunked"
-        if self.is_full or (self.is_causal and num_queries == self.num_positions):
+        kind = self._kind(num_queries, query.shape[3], query.device)
+        if kind == "whole":
             out = _attention(query, key, value, is_causal=not self.is_full)
-        elif backend == "dense":
+        elif kind == "dense":
             out = _attention(query, key, value, attn_mask=self.dense(query.device)[:num_queries])
-        elif backend == "flex":
+        elif kind == "flex":
             out = self._flex(query, key, value, num_queries)
         else:
             out = self._chunked(query, key, value, num_queries)
@@ -81,7 +82,7 @@ class AttentionPattern:
     ) -> Tensor:
         """`attend` in rows of several documents, given on the CPU."""
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_PBHK[:num_queries], key_PBHK, value_PBHK))
-        pattern, backend = self._of_documents(document_BL), self._backend(query)
+        pattern, backend = self._of_documents(document_BL), self._backend(query.shape[3], query.device)
         if backend == "dense":
             out = pattern.dense(query, key, value, num_queries)
         elif backend == "flex":
@@ -102,10 +103,16 @@ class AttentionPattern:
                 self._packed.popitem(last=False)
         return self._packed[key]
 
-    def _backend(self, query_BHQK: Tensor) -> str:
+    def _kind(self, num_queries: int, head_width: int, device: torch.device) -> str:
+        """dense | chunked | flex, or whole: torch's own kernels suffice."""
+        if self.is_full or (self.is_causal and num_queries == self.num_positions):
+            return "whole"
+        return self._backend(head_width, device)
+
+    def _backend(self, head_width: int, device: torch.device) -> str:
         if self.backend != "auto":
             return self.backend
-        return "flex" if query_BHQK.is_cuda and query_BHQK.shape[3] >= MIN_FLEX_WIDTH else "chunked"
+        return "flex" if device.type == "cuda" and head_width >= MIN_FLEX_WIDTH else "chunked"
 
     def dense(self, device: torch.device) -> Tensor:
         """The whole boolean (P, P) mask, True where attention is allowed."""
@@ -152,7 +159,8 @@ class AttentionPattern:
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, num_queries: int) -> Tensor:
         block_mask = self._block_mask(query.device, num_queries)
         grouped = query.shape[1] != key.shape[1]
-        return _compiled_flex()(query, key, value, block_mask=block_mask, enable_gqa=grouped)
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        return flex(query, key, value, block_mask=block_mask, enable_gqa=grouped)
 
     def _block_mask(self, device: torch.device, num_queries: int) -> Any:
         cache_key = ("flex", device, num_queries)
@@ -169,8 +177,6 @@ def _attention(query_BHQK: Tensor, key_BGJK: Tensor, value_BGJK: Tensor, **optio
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
     # One graph per shape, mode and model chunk; beyond the limit torch would build the whole score matrix instead.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     return torch.compile(flex_attention, dynamic=False)

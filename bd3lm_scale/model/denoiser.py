@@ -104,6 +104,14 @@ class Denoiser(MegatronModule):
         for layer in self.decoder.layers:
             cast(Any, layer).self_attention.core_attention.pattern = pattern
 
+    def prepare_attention(self) -> None:
+        """Make the masks now: in a layer being compiled this would end its graph."""
+        for layer in self.decoder.layers:
+            attention = cast(Any, layer).self_attention.core_attention
+            queries = attention.num_queries or self.config.sequence_length
+            device, dtype = self.training_rotary.device, self.config.params_dtype
+            attention.pattern.prepare(queries, self.config.head_width, device, dtype)
+
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Called by the schedule with what the previous stage sent."""
         # None is legal: it takes back what was set before
@@ -124,7 +132,7 @@ class Denoiser(MegatronModule):
             input_BP: token ids (used by the first chunk only, its shape by all); those beyond P, the last clean
                 block, are seen by no scored position and not read.
             sigma_B: noise levels.
-            dropout_key: int64 scalar on the CPU; None when evaluating.
+            dropout_key: int64 scalar; None when evaluating.
             index_R: flat index b * L + l of the scored rows (used by the last chunk only).
             target_R: their target ids.
             document_BL: documents of packed rows, on the CPU; None: each row is one.
