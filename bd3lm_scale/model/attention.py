@@ -82,10 +82,13 @@ class AttentionPattern:
     ) -> Tensor:
         """`attend` in rows of several documents, given on the CPU."""
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_PBHK[:num_queries], key_PBHK, value_PBHK))
-        pattern, backend = self._of_documents(document_BL), self._backend(query.shape[3], query.device)
-        if backend == "dense":
+        pattern, kind = (
+            self._of_documents(document_BL),
+            self._kind(num_queries, query.shape[3], query.device, is_packed=True),
+        )
+        if kind == "dense":
             out = pattern.dense(query, key, value, num_queries)
-        elif backend == "flex":
+        elif kind == "flex":
             out = pattern.flex(query, key, value, num_queries, _FLEX_TILE, _compiled_flex())
         else:
             out = pattern.chunked(query, key, value, num_queries, _CHUNK)
@@ -103,13 +106,10 @@ class AttentionPattern:
                 self._packed.popitem(last=False)
         return self._packed[key]
 
-    def _kind(self, num_queries: int, head_width: int, device: torch.device) -> str:
-        """dense | chunked | flex, or whole: torch's own kernels suffice."""
-        if self.is_full or (self.is_causal and num_queries == self.num_positions):
+    def _kind(self, num_queries: int, head_width: int, device: torch.device, is_packed: bool = False) -> str:
+        """dense | chunked | flex, or whole: torch's own kernels suffice for rows of one document."""
+        if not is_packed and (self.is_full or (self.is_causal and num_queries == self.num_positions)):
             return "whole"
-        return self._backend(head_width, device)
-
-    def _backend(self, head_width: int, device: torch.device) -> str:
         if self.backend != "auto":
             return self.backend
         return "flex" if device.type == "cuda" and head_width >= MIN_FLEX_WIDTH else "chunked"
