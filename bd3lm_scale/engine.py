@@ -144,19 +144,22 @@ def show_blocks(engine: Engine, config: RunConfig) -> None:
     visibility = training_visibility(config.diffusion.objective, config.data.context_length, config.block_size)
     for chunk in engine.chunks:
         chunk.set_visibility(visibility.first(engine.transformer.sequence_length))
+        chunk.prepare_attention()
 
 
-def compile_layers(chunks: list[Denoiser], backend: str = "inductor") -> None:
-    """torch.compile each transformer layer in place: the layers share their graphs, but for the last one's.
+def compile_layers(chunks: list[Denoiser], backend: str | Callable[..., Any] = "inductor") -> None:
+    """torch.compile each transformer layer, and what is done to the head's tiles, in place.
 
-    Each mode (training, validation, other micro-batch sizes) adds some, and torch gives up silently after a few.
+    A layer is one graph forward; the layers share it, but for the last one, whose clean rows are spared. Each mode
+    (training, validation, other micro-batch sizes) adds one, and torch gives up silently after a few.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for chunk in chunks:
+        chunk.prepare_attention()
         for layer in cast(Any, chunk.decoder.layers):
-            # its key is a number on the host: traced, it would mean a graph for every layer and position
-            layer.apply_dropout = torch.compiler.disable(layer.apply_dropout)
             layer.compile(dynamic=False, backend=backend)
+        if chunk.post_process:
+            chunk.head.output.functions.compile(backend)
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ class MicroBatch:
         noisy: of these the model reads input_BP and sigma_B, the loss weight_BL; only they travel to the device.
         index_R, target_R: flat index b * L + l of the scored rows, padded with zeros, and their target ids.
         is_real_R: False for the padding.
-        dropout_key: int64 scalar on the CPU; None: no dropout.
+        dropout_key: int64 scalar; None: no dropout.
     """
 
     noisy: NoisyRows
@@ -186,7 +189,8 @@ class MicroBatch:
 
         read = {name: move(getattr(self.noisy, name)) for name in ("input_BP", "sigma_B", "weight_BL")}
         rows = {name: move(getattr(self, name)) for name in ("index_R", "target_R", "is_real_R")}
-        return replace(self, noisy=replace(self.noisy, **read), **rows)
+        key = None if self.dropout_key is None else move(self.dropout_key)
+        return replace(self, noisy=replace(self.noisy, **read), dropout_key=key, **rows)
 
 
 def prepare_batch(noisy: NoisyRows, dropout_key: int | None = None) -> MicroBatch:
@@ -248,7 +252,8 @@ def forward_step(
     loss function on the last stage only, and sends the output on from the others.
     """
     batch = next(batches)
-    inputs = (batch.noisy.input_BP, batch.noisy.sigma_B, batch.dropout_key, batch.index_R, batch.target_R)
+    noisy = batch.noisy
+    inputs = (noisy.input_BP, noisy.sigma_B, batch.dropout_key, batch.index_R, batch.target_R, noisy.document_BL)
     out = chunk(*inputs) if engine.optimizer is None else engine.optimizer.forward(chunk.number, *inputs)
     return out, partial(scale_loss, engine.process, batch, loss_scale)
 

@@ -86,6 +86,9 @@ def train(config: RunConfig, device: torch.device, fresh: bool = False, step: in
             parts.callback(watchdog.stop)
             run_preflight(config.run_dir, to_dict(config), mesh.device, agreement, attempt=lock.attempt)
             log.info("\n%s", summary(config, mesh.world_size, stream.vocab_size))
+            if stream.source.has_layout:
+                log.info("packing     %s rows per epoch, %.2f%% padding", f"{stream.num_rows:,}",
+                         100 * stream.source.padding_share)  # fmt: skip
             session = open_session(config, mesh, stream, agreement, lock, fresh, step)
             parts.callback(session.close)
             metrics = MetricsWriter(config.run_dir, lock.attempt, config.logging, mesh.is_main_rank, to_dict(config))
@@ -134,7 +137,10 @@ def _known_vocab(config: RunConfig) -> int | None:
 
 def _open_data(config: RunConfig, world_size: int) -> tuple[RowStream, RowStream]:
     try:
-        train, held_out = (open_stream(config.data, config.seed, split) for split in ("train", "validation"))
+        train, held_out = (
+            open_stream(config.data, config.seed, split, block_size=config.document_block)
+            for split in ("train", "validation")
+        )
     except ValueError as error:
         raise ConfigError([str(error)], source="the data") from error
     check(config, world_size, train.vocab_size)

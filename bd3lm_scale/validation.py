@@ -5,7 +5,7 @@ Shapes: B rows in a micro-batch, J noise draws.
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,14 +14,14 @@ from bd3lm_scale.config.schema import RunConfig
 from bd3lm_scale.data.batches import BatchPlan
 from bd3lm_scale.data.stream import RowStream
 from bd3lm_scale.diffusion.clip_search import CountMoments
-from bd3lm_scale.diffusion.likelihood import Likelihood, LikelihoodSums
+from bd3lm_scale.diffusion.likelihood import DocumentSums, Likelihood, LikelihoodSums
 from bd3lm_scale.diffusion.loss import row_losses
 from bd3lm_scale.diffusion.noising import noise_rows_for_evaluation
 from bd3lm_scale.engine import Engine, run_pass, sum_over_ranks
 from bd3lm_scale.errors import BadShardError
 from bd3lm_scale.parallel.agreement import Agreement
 from bd3lm_scale.runtime.log import get_logger
-from bd3lm_scale.values import NoisyRows, Rows
+from bd3lm_scale.values import LossSum, NoisyRows, Rows
 
 log = get_logger(__name__)
 
@@ -35,12 +35,14 @@ class Validation:
         moments: moments of the block losses by number of masked tokens, over all ranks, for the clip search.
         stream: the rows without those of damaged shards, which were left out.
         by_set: the likelihood of each dataset of a mixture that has scored rows, as "NUMBER:PATH".
+        documents: losses of the documents of packed rows; None where rows are a stream.
     """
 
     likelihood: Likelihood
     moments: CountMoments
     stream: RowStream
     by_set: dict[str, Likelihood]
+    documents: DocumentSums | None = None
 
 
 def validate(
@@ -77,6 +79,7 @@ def validate(
     sets = () if config.data.stream_text else tuple(f"{i}:{m.path}" for i, m in enumerate(config.data.mixture))
     sums = [LikelihoodSums.empty() for _ in sets or ("all rows",)]
     moments = CountMoments(engine.process.block_size)
+    documents = DocumentSums(stream.num_documents, draws) if config.data.packing == "documents" else None
     _set_mode(engine, training=False)
     with engine.optimizer.ema_weights() if use_ema and engine.optimizer else nullcontext():
         for group in _groups(plan, stream, engine.mesh.pipeline_size):
@@ -87,6 +90,8 @@ def validate(
                     row_losses_BJ = [row_losses(losses[index], engine.process) for losses in losses_by_draw]
                     found = _likelihood_sums(noisy, torch.stack(row_losses_BJ, dim=1).cpu(), stream, len(sets))
                     sums = [before + more for before, more in zip(sums, found, strict=True)]
+                if documents is not None:
+                    _add_documents(documents, noisy_by_draw[0], losses_by_draw, stream)
                 for noisy, losses in zip(noisy_by_draw, losses_by_draw, strict=True):
                     for n, loss in zip(noisy, losses, strict=True):
                         moments.accumulate(n, loss)
@@ -95,7 +100,12 @@ def validate(
     likelihoods, moments = _reduce(engine, sums, moments)
     by_set = {name: found for name, found in zip(sets, likelihoods[1:], strict=False) if found is not None}
     assert likelihoods[0] is not None
-    return Validation(likelihoods[0], moments, stream, by_set)
+    result = Validation(likelihoods[0], moments, stream, by_set)
+    if documents is None:
+        return result
+    total, _ = sum_over_ranks(engine, documents.as_tensor().tolist(), [])
+    documents = documents.filled(torch.tensor(total, dtype=torch.float64))
+    return replace(result, likelihood=documents.estimate(), documents=documents)
 
 
 def _sound_rows(
@@ -168,6 +178,15 @@ def _likelihood_sums(noisy: NoisyRows, loss_BJ: torch.Tensor, stream: RowStream,
     set_R = torch.from_numpy(stream.set_of(position_R))
     loss_RJ, tokens_R = loss_BJ[is_real_B], tokens_B[is_real_B]
     return [LikelihoodSums.of_rows(loss_RJ[set_R == number], tokens_R[set_R == number]) for number in range(num_sets)]
+
+
+def _add_documents(
+    documents: DocumentSums, noisy: list[NoisyRows], losses_by_draw: list[list[LossSum]], stream: RowStream
+) -> None:
+    for index, part in enumerate(noisy):
+        place = torch.where(part.is_real_B, part.position_B, 0).numpy()
+        numbers = torch.from_numpy(stream.held_out_documents(place))
+        documents.add(part, [losses[index] for losses in losses_by_draw], numbers)
 
 
 def _reduce(

@@ -172,10 +172,12 @@ class LossSum:
     Attributes:
         weighted_nll: scalar, sum of weight * nll in nats (differentiable).
         block_loss_BN: detached float64 per-token mean loss of each block, for variance statistics.
+        token_loss_BL: detached float64 loss at each position, for figures of documents.
     """
 
     weighted_nll: Tensor
     block_loss_BN: Tensor
+    token_loss_BL: Tensor | None = None
 
 
 @dataclass(frozen=True)

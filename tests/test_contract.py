@@ -210,6 +210,16 @@ def test_torch_drops_an_update_on_the_device():
     assert (parameter < 1).all()
 
 
+def test_torch_has_stateless_philox_and_dimensions_marked_as_dynamic():
+    purpose = "dropout on CUDA, keyed on the device, in a compiled layer"
+    schema = str(torch.ops.aten._philox_uniform_.default._schema)
+    assert "(Tensor(a!) self, Tensor key, float low=0., float high=1.)" in schema, missing("torch", "philox", purpose)
+    mark = getattr(torch._dynamo, "mark_dynamic", None)
+    assert callable(mark), missing(
+        "torch", "_dynamo.mark_dynamic", "tiles of the head of any number of rows, one graph"
+    )
+
+
 def test_the_list_is_complete():
     """Every name our modules take from DeepSpeed's objects, and from the modules that the shim rebinds, is listed."""
     used = attributes_of(Path(zero.__file__), {"self.inner", "self._inner"})

@@ -25,6 +25,7 @@ PP2, PP4 = "parallel.pipeline_parallel_size=2", "parallel.pipeline_parallel_size
 VPP2, SP = "parallel.virtual_pipeline_parallel_size=2", "parallel.sequence_parallel=true"
 Z2, Z3, BF16 = "optim.zero_stage=2", "optim.zero_stage=3", "precision=bf16"
 TIED, FULL = "model.tie_embeddings=true", "parallel.recompute=full"
+PACKED = "data.packing=documents"
 AR, MDLM, SEDD = ([f"diffusion.objective={name}"] for name in ("ar", "mdlm", "sedd"))
 ALL_PARTS, DROPOUT, FAR_CLIP = "partition=all", "model.dropout=0.2", "optim.grad_clip=1e9"
 DECAY = ["optim.weight_decay=0.5", "optim.weight_decay_on=matrices"]
@@ -58,6 +59,11 @@ CASES = {
         "zero2": ("plain", [Z2]),
         "zero3": ("plain", [Z3]),
         "dense_attention": ("plain", ["model.attention=dense"]),
+        "packed": ("packed", [PACKED]),
+        "packed_dense_recompute": ("packed", [PACKED, "model.attention=dense", FULL]),
+        "packed_recompute_attention": ("packed", [PACKED, "parallel.recompute=selective", "train.micro_batch_size=8"]),
+        "packed_ar": ("packed_ar", [PACKED, *AR]),
+        "packed_mdlm": ("packed_mdlm", [PACKED, *MDLM]),
         "dropout": ("dropout", [DROPOUT]),
         "dropout_recompute": ("dropout", [DROPOUT, FULL]),
         "absent": ("absent", [ABSENT]),
@@ -95,6 +101,11 @@ CASES = {
         "dp2_zero3_partitioned_tied": ("tied", [Z3, ALL_PARTS, TIED]),
         "dp2_zero3_partitioned_bf16_recompute": ("bf16", [Z3, ALL_PARTS, BF16, FULL]),
         "dp2_zero2_bf16": ("bf16", [Z2, BF16]),
+        "dp2_packed": ("packed", [PACKED, "train.micro_batch_size=3"]),
+        "tp2_sp_packed": ("packed", [PACKED, TP2, SP]),
+        "pp2_vpp2_packed_recompute": ("packed", [PACKED, PP2, VPP2, FULL]),
+        "pp2_packed_ar": ("packed_ar", [PACKED, PP2, *AR]),
+        "tp2_packed_mdlm": ("packed_mdlm", [PACKED, TP2, *MDLM]),
         "dp2_nan": ("absent", [NAN]),
         "dp2_zero2_nan": ("absent", [Z2, NAN]),
         "dp2_zero3_nan": ("absent", [Z3, ALL_PARTS, NAN]),
@@ -126,6 +137,7 @@ CASES = {
         "pp2_dp2_tied": ("tied", [PP2, TIED]),
         "tp2_pp2_sp_tied": ("tied", [TP2, PP2, SP, TIED]),
         "tp2_pp2_bf16": ("bf16", [TP2, PP2, BF16]),
+        "tp2_pp2_sp_packed_recompute": ("packed", [PACKED, TP2, PP2, SP, FULL]),
         "tp2_pp2_mdlm": ("mdlm", [TP2, PP2, *MDLM]),
         "tp4_decoder": ("decoder", [*DECODER, TP4]),  # two heads of keys and values for four ranks
         "tp2_pp2_sp_decoder_recompute": ("decoder", [*DECODER, TP2, PP2, SP, FULL]),

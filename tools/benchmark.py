@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Measure the parts of a run: train, sample, data, checkpoint, attention, and what the planner predicts (plan).
+"""Measure the parts of a run: train, sample, data, checkpoint, attention; count one without a GPU (rehearse); and what
+the planner predicts (plan).
 
 Rates are per CPU-second on one thread unless a part says otherwise, and comparisons are ratios within one run:
 machines differ, ratios travel. Each part lives in tools/benchmarks/ and returns its figures as a flat dict.
@@ -11,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-PARTS = ("train", "sample", "data", "checkpoint", "attention", "plan")
+PARTS = ("train", "sample", "data", "checkpoint", "attention", "rehearse", "plan")
 
 
 def main(argv: list[str] | None = None) -> int:

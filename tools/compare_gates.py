@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)
-    stream = open_stream(config.data, config.seed)
+    stream = open_stream(config.data, config.seed, block_size=config.document_block)
     mesh = init_mesh(config.parallel, "cpu")
     engine = build_engine(config, mesh, stream.vocab_size, stream.mask_token_id, for_training=False)
     weights = dict(named_parameters(engine.chunks))

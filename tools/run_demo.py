@@ -45,7 +45,10 @@ class Demo:
     def prepare(self) -> None:
         """Demo corpus, tokenizer and shards."""
         run("tools/prepare_data.py", "--demo", "--output", str(self.config.data.path))
-        train, held_out = (open_stream(self.config.data, self.config.seed, s) for s in ("train", "validation"))
+        train, held_out = (
+            open_stream(self.config.data, self.config.seed, s, block_size=self.config.document_block)
+            for s in ("train", "validation")
+        )
         length = self.config.data.context_length
         self.figures["training text"] = f"{train.num_rows * length:,} tokens, vocabulary {train.vocab_size:,}"
         self.figures["held-out text"] = f"{held_out.num_rows * length:,} tokens"

@@ -77,6 +77,16 @@ def _data(config: RunConfig) -> list[str]:
             "data.stream_text (true): text tokenized on the fly cannot be resumed exactly; "
             "use tools/prepare_data.py first, or train.exact_resume=false"
         )
+    if data.packing == "documents" and data.wrap_rows:
+        found.append("data.wrap_rows (true): wraps rows of a stream; use false, or data.packing=stream")
+    inside = [s.block_size for s in config.diffusion.block_size_schedule if config.document_block % s.block_size]
+    if data.packing == "documents" and inside:
+        found.append(
+            f"data.packing (documents): documents begin at multiples of diffusion.block_size {config.document_block}, "
+            f"inside blocks of {inside[0]} of the schedule; use sizes that divide it, or data.packing=stream"
+        )
+    if data.packing == "documents" and data.stream_text:
+        found.append("data.packing (documents): text tokenized on the fly is a stream; use data.packing=stream")
     if data.stream_text and data.tokenizer is None:
         found.append("data.tokenizer (null): data.stream_text has no tokenizer beside it; use its folder or file")
     return found

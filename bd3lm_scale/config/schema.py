@@ -116,6 +116,11 @@ class DataConfig:
     """What to do with a shard that stays unreadable after all retries."""
     retries: NonNegativeWhole = 5
     timeout_seconds: Amount = 60.0
+    packing: Literal["stream", "documents"] = "stream"
+    """stream: rows are cut from one endless text; documents: whole documents (or pieces of one longer than L) share a
+    row without seeing each other (docs/data.md)."""
+    restart_positions: Flag = True
+    """Count rotary positions from each document's start; with data.packing=documents only."""
     wrap_rows: Flag = False
     """Put BOS before and EOS after each row (L - 2 tokens of text), as the paper's zero-shot evaluations do."""
     stream_text: Flag = False
@@ -295,7 +300,7 @@ class TrainConfig:
     deterministic: Flag = False
     """Deterministic GPU kernels (slower)."""
     compile: Flag = False
-    """torch.compile the layers (GPU)."""
+    """torch.compile the layers (GPU); off by default until it has been measured on one."""
     threads: Annotated[Whole, Field(ge=0, le=4096)] = 1
     """CPU threads per rank when training on the CPU; 0 leaves torch's default."""
     time_limit_minutes: Amount | None = None
@@ -422,6 +427,11 @@ class RunConfig:
         if self.diffusion.objective == "bd3lm":
             return self.diffusion.block_size
         return 1 if self.diffusion.objective == "ar" else self.data.context_length
+
+    @property
+    def document_block(self) -> int:
+        """Documents of packed rows begin at multiples of this: L' for bd3lm, anywhere for the others."""
+        return self.diffusion.block_size if self.diffusion.objective == "bd3lm" else 1
 
     @property
     def sequence_length(self) -> int:

@@ -5,11 +5,13 @@ to the row, however few of a shard's rows this process reads. Shards of earlier 
 there a whole member is read once, the first time that it is touched.
 """
 
+import io
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -18,6 +20,8 @@ from bd3lm_scale.data.shards import Manifest
 from bd3lm_scale.data.storage import DamagedError, retrying
 from bd3lm_scale.data.targets import TargetIndex
 from bd3lm_scale.errors import BadShardError
+
+Result = TypeVar("Result")
 
 _OPEN_SHARDS = 64
 
@@ -53,6 +57,8 @@ class _OpenShard:
             raise DamagedError(f"has {size} bytes, the manifest says {shard.size}")
         self.file = file
         self.members = shard.token_members.tolist()
+        self.document_members = shard.document_members.tolist()
+        self.num_tokens = shard.num_tokens
         self.itemsize = np.dtype(manifest.dtype).itemsize
         self.chunk_tokens = manifest.chunk_tokens
         self.vocab_size = manifest.tokenizer.vocab_size
@@ -66,14 +72,35 @@ class _OpenShard:
 
     def check(self, chunk: int) -> None:
         """Read a whole member and compare checksum and id range (DamagedError)."""
-        offset, size, crc32 = self.members[chunk]
+        offset = self.members[chunk][0]
+        data = self._member(self.members, chunk)
+        self.check_ids(memoryview(data)[self.first_byte[chunk] - offset :], chunk)
+        self.is_checked[chunk] = 1
+
+    def _member(self, members: list[list[int]], chunk: int) -> bytes:
+        """A whole member, as its checksum wants it (DamagedError)."""
+        offset, size, crc32 = members[chunk]
         data = os.pread(self.file, size, offset)
         if len(data) != size:
             raise DamagedError(f"ends inside chunk {chunk}")
         if zlib.crc32(data) != crc32:
             raise DamagedError(f"flipped bytes in chunk {chunk}: checksum {zlib.crc32(data):08x} is not {crc32:08x}")
-        self.check_ids(memoryview(data)[self.first_byte[chunk] - offset :], chunk)
-        self.is_checked[chunk] = 1
+        return data
+
+    def document_starts(self) -> np.ndarray:
+        """Where documents begin in the shard, int64 and rising; no token is read (DamagedError)."""
+        found = [np.zeros(0, np.int64)]
+        for chunk in range(len(self.document_members)):
+            data = self._member(self.document_members, chunk)
+            try:
+                starts = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            except ValueError as problem:
+                raise DamagedError(f"no list of documents in chunk {chunk}: {problem}") from problem
+            found.append(starts.astype(np.int64) + chunk * self.chunk_tokens)
+        joined = np.concatenate(found)
+        if len(joined) and (joined.min() < 0 or joined.max() >= self.num_tokens or (np.diff(joined) < 0).any()):
+            raise DamagedError(f"its documents do not begin at rising places among its {self.num_tokens} tokens")
+        return joined
 
     def check_ids(self, data: memoryview, chunk: int) -> None:
         """DamagedError where a token is none."""
@@ -141,12 +168,32 @@ class ShardReader:
         BadShardError when a shard stays unreadable after all retries.
         """
         out = np.empty((len(shard), length), np.dtype(self.manifest.dtype).newbyteorder("<"))
-        view = out.view(np.uint8).reshape(-1).data
-        row_bytes = length * out.itemsize
-        # in file order, so that a spinning disk or a network file system sees few jumps
-        for i in np.lexsort((start, shard)).tolist():
-            self._read_row(view[i * row_bytes : (i + 1) * row_bytes], int(shard[i]), int(start[i]))
+        size = np.full_like(shard, length)
+        self.read_runs(out.reshape(-1), np.stack([shard, start, np.arange(len(shard)) * length, size]))
         return out
+
+    def read_runs(self, out: np.ndarray, runs: np.ndarray) -> None:
+        """Fill places of `out`, flat and little-endian in the stored dtype, with runs of tokens. BadShardError.
+
+        Args:
+            out: what no run names stays as it is.
+            runs: int64 (4, runs): shard, first token there, place in `out`, and length of each.
+        """
+        view, size = out.view(np.uint8).data, out.itemsize
+        # in file order, so that a spinning disk or a network file system sees few jumps
+        for shard, start, place, length in runs.T[np.lexsort((runs[1], runs[0]))].tolist():
+            self._try(shard, lambda a=start, p=place, n=length, s=shard: self._opened(s).read_into(
+                view[p * size : (p + n) * size], a))  # fmt: skip
+
+    def document_starts(self, number: int) -> np.ndarray:
+        """Where documents begin in a shard, int64 (documents,): from the index, or its small members. BadShardError."""
+        try:
+            indexed = self.shards[number].document_starts
+        except (OSError, DamagedError) as problem:
+            raise BadShardError(self.prefix + self.shards.entry(number).name, str(problem)) from problem
+        if indexed is not None:
+            return np.asarray(indexed, np.int64)
+        return self._try(number, lambda: self._opened(number).document_starts())
 
     def targets(self, number: int) -> TargetIndex:
         """The targets of a shard of a manifest that has some; only the index is read. BadShardError."""
@@ -167,7 +214,8 @@ class ShardReader:
         for number in list(self._open):
             self._forget(number)
 
-    def _read_row(self, out: memoryview, number: int, start: int) -> None:
+    def _try(self, number: int, action: Callable[[], Result]) -> Result:
+        """What `action` makes of a shard, repeated where that may help (BadShardError)."""
         shard = self.shards.entry(number)
 
         def recover(problem: Exception) -> bool:
@@ -175,7 +223,7 @@ class ShardReader:
             return not isinstance(problem, DamagedError) or self.files.discard(shard)
 
         try:
-            retrying(lambda: self._opened(number).read_into(out, start), self.retries, recover)
+            return retrying(action, self.retries, recover)
         except (OSError, DamagedError) as problem:
             self._forget(number)
             raise BadShardError(self.prefix + shard.name, f"{problem} (in {self.files.where})") from problem

@@ -8,23 +8,25 @@ import numpy as np
 
 from bd3lm_scale.config.schema import DataConfig
 from bd3lm_scale.data.dataset_folder import read_manifest
+from bd3lm_scale.data.document_rows import DocumentRows
 from bd3lm_scale.data.files import open_files
 from bd3lm_scale.data.order import MixtureOrder, RowOrder, mixture_quota, weighted_order
 from bd3lm_scale.data.reader import ShardReader
 from bd3lm_scale.data.shard_list import ShardList
 from bd3lm_scale.data.shards import Manifest, TokenizerIdentity, data_digest
 from bd3lm_scale.data.targets import RowLayout, TargetIndex
-from bd3lm_scale.errors import NoShardLeftError
+from bd3lm_scale.errors import BadShardError, ConfigError, NoShardLeftError
 
 
 @dataclass(frozen=True)
 class _Dataset:
-    """One split of one folder of shards."""
+    """One split of one folder of shards; `packed` says which documents its rows hold, None where rows are a stream."""
 
     manifest: Manifest
     shards: ShardList
     reader: ShardReader
     order: RowOrder
+    packed: DocumentRows | None
 
     @property
     def has_targets(self) -> bool:
@@ -44,23 +46,27 @@ class ShardSource:
         seed: the run's seed.
         split: "train" is shuffled and endless; "validation" is in natural order, dataset after dataset, and ends.
         excluded: names of damaged shards to go without.
+        block_size: what documents of packed rows begin at multiples of.
 
     Attributes:
         num_rows: rows per epoch, of all datasets together.
         dtype: what rows are read as.
         tokenizer: the identity all datasets share, with the chat template of those that have one.
         tokenizer_home: the folder that has it.
-        has_layout: whether some tokens are no targets.
+        has_layout: whether rows are made of documents, or some tokens are no targets.
+        is_packed: whether rows are made of documents.
     """
 
-    def __init__(self, config: DataConfig, seed: int, split: str, excluded: tuple[str, ...] = ()):
+    def __init__(self, config: DataConfig, seed: int, split: str, excluded: tuple[str, ...] = (), block_size: int = 1):
         self.config = config
         self.seed = seed
         self.split = split
         self.excluded = excluded
+        self.block_size = block_size
+        self.is_packed = config.packing == "documents"
         self._datasets = tuple(_open_dataset(self, path, number) for number, path in enumerate(paths_of(config)))
         self.tokenizer, self.tokenizer_home = _same_tokenizer(config, [d.manifest.tokenizer for d in self._datasets])
-        self.has_layout = any(dataset.has_targets for dataset in self._datasets)
+        self.has_layout = self.is_packed or any(dataset.has_targets for dataset in self._datasets)
         self.dtype = np.dtype(self._datasets[0].manifest.dtype)
         self.num_rows = sum(d.order.num_rows for d in self._datasets)
         self._mixture = None
@@ -77,28 +83,43 @@ class ShardSource:
 
     def without(self, excluded: tuple[str, ...]) -> "ShardSource":
         """The same rows, but for those of exactly these shards. NoShardLeftError when that leaves no row."""
-        return ShardSource(self.config, self.seed, self.split, excluded)
+        return ShardSource(self.config, self.seed, self.split, excluded, self.block_size)
 
     def read(self, sample_index: np.ndarray) -> np.ndarray:
         """Rows (n, L) in the stored dtype for int64 sample indices (n,). BadShardError, ValueError."""
         source, shard, row, inner = self._locate(sample_index)
-        out = np.zeros((len(source), self.config.context_length), self.dtype)
+        fill = self.tokenizer.pad_token_id if self.is_packed else 0
+        out = np.full((len(source), self.config.context_length), fill, self.dtype)
         for number in np.unique(source):
             dataset, chosen = self._datasets[number], source == number
             if self.split == "train" and dataset.reader.files.is_remote:
                 needed = dataset.order.shards_needed(int(inner[chosen].min()))
                 dataset.reader.files.fetch_ahead([dataset.shards.entry(i) for i in needed])
-            length = row_payload(self.config)
-            rows = dataset.reader.read(shard[chosen], row[chosen] * length, length)
-            out[chosen] = wrap_rows(rows, self.tokenizer) if self.config.wrap_rows else rows
+            out[chosen] = self._read(dataset, shard[chosen], row[chosen], inner[chosen], out[chosen])
         return out
 
+    def _read(
+        self, dataset: _Dataset, shard: np.ndarray, row: np.ndarray, inner: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Rows (n, L) of one dataset; `rows` are filled with padding."""
+        if dataset.packed is None:
+            length = row_payload(self.config)
+            text = dataset.reader.read(shard, row * length, length)
+            return wrap_rows(text, self.tokenizer) if self.config.wrap_rows else text
+        little_endian = rows.astype(self.dtype.newbyteorder("<"), copy=False)
+        dataset.reader.read_runs(
+            little_endian.reshape(-1), dataset.packed.runs(shard, inner // dataset.order.num_rows, row)
+        )
+        return little_endian
+
     def layout(self, sample_index: np.ndarray) -> RowLayout:
-        """The targets of rows, for int64 sample indices (n,). BadShardError.
+        """The targets of rows, and their documents where they are packed, for int64 sample indices (n,). BadShardError.
 
         In a dataset without marks every token is one; BOS and EOS around a row of answers are none.
         """
-        source, shard, row, _ = self._locate(sample_index)
+        source, shard, row, inner = self._locate(sample_index)
+        if self.is_packed:
+            return self._documents_of_rows(source, shard, row, inner)
         out = RowLayout(np.ones((len(source), self.config.context_length), bool))
         length = row_payload(self.config)
         for chosen, targets in self._marked(source, shard):
@@ -108,7 +129,9 @@ class ShardSource:
 
     def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
         """Targets of rows, and how many of them begin a row; int64 (n, 2), from the index alone. BadShardError."""
-        source, shard, row, _ = self._locate(sample_index)
+        source, shard, row, inner = self._locate(sample_index)
+        if self.is_packed:
+            return self._tokens_of_rows(source, shard, row, inner)
         out = np.tile(np.array([self.config.context_length, 1], np.int64), (len(source), 1))
         length = row_payload(self.config)
         for chosen, targets in self._marked(source, shard):
@@ -124,6 +147,61 @@ class ShardSource:
             if dataset.has_targets:
                 for one in np.unique(shard[source == number]):
                     yield np.flatnonzero((source == number) & (shard == one)), dataset.reader.targets(int(one))
+
+    def _documents_of_rows(
+        self, source: np.ndarray, shard: np.ndarray, row: np.ndarray, inner: np.ndarray
+    ) -> RowLayout:
+        """Which document each position of packed rows belongs to."""
+        document = np.zeros((len(source), self.config.context_length), np.int32)
+        for number in np.unique(source):
+            dataset, chosen = self._datasets[number], source == number
+            assert dataset.packed is not None, "only packed rows have a layout"
+            document[chosen] = dataset.packed.layout(
+                shard[chosen], inner[chosen] // dataset.order.num_rows, row[chosen]
+            )
+        return RowLayout(document >= 0, document)
+
+    def _tokens_of_rows(self, source: np.ndarray, shard: np.ndarray, row: np.ndarray, inner: np.ndarray) -> np.ndarray:
+        """Tokens of packed rows, and how many of them begin a document; int64 (n, 2), from the index alone."""
+        out = np.zeros((len(source), 2), np.int64)
+        for number in np.unique(source):
+            dataset, chosen = self._datasets[number], source == number
+            assert dataset.packed is not None, "only packed rows have a layout"
+            out[chosen] = dataset.packed.num_targets(
+                shard[chosen], inner[chosen] // dataset.order.num_rows, row[chosen]
+            )
+        return out
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the split, dataset after dataset."""
+        return sum(d.manifest.num_documents for d in self._datasets)
+
+    def document_numbers(self, sample_index: np.ndarray) -> np.ndarray:
+        """Which of them the documents of each packed row are, int64 (n, K), filled up with -1."""
+        source, shard, row, inner = self._locate(sample_index)
+        before = np.cumsum([0, *(d.manifest.num_documents for d in self._datasets)])
+        parts = []
+        for number in np.unique(source):
+            dataset, chosen = self._datasets[number], np.flatnonzero(source == number)
+            assert dataset.packed is not None, "only packed rows have a layout"
+            owner, document = dataset.packed.documents(
+                shard[chosen], inner[chosen] // dataset.order.num_rows, row[chosen]
+            )
+            parts.append((chosen[owner], document + before[number]))
+        owner, document = (np.concatenate(found) for found in zip(*parts, strict=True))
+        order = np.argsort(owner, kind="stable")
+        owner, document = owner[order], document[order]
+        place = np.arange(len(owner)) - np.searchsorted(owner, owner)
+        out = np.full((len(source), int(place.max()) + 1), -1, np.int64)
+        out[owner, place] = document
+        return out
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the positions of packed rows that is padding; 0 for a stream."""
+        tokens = sum(d.manifest.num_tokens for d in self._datasets)
+        return 1 - tokens / (self.num_rows * self.config.context_length) if self.is_packed else 0.0
 
     @property
     def num_sound_rows(self) -> int:
@@ -209,7 +287,9 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
     prefix = f"{number}:" if config.mixture else ""
     shards = manifest.shards
     assert isinstance(shards, ShardList)
-    rows = shards.num_tokens // row_payload(config)
+    reader = ShardReader(manifest, shards, open_files(path, split, config), config.retries, prefix)
+    packed = _documents(source, path, reader, number) if source.is_packed else None
+    rows = shards.num_tokens // row_payload(config) if packed is None else packed.rows_per_shard
     if not rows.sum():
         raise ValueError(
             f"data.path ({path}): no text: its {manifest.num_tokens} {split} tokens give no row of "
@@ -220,8 +300,32 @@ def _open_dataset(source: ShardSource, path: str, number: int) -> _Dataset:
     if damaged and not np.delete(rows, sorted(damaged)).any():
         raise NoShardLeftError(path, [prefix + shards.entry(i).name for i in sorted(damaged)])
     order = RowOrder(rows, source.seed, config.shuffle_window, number, damaged)
-    reader = ShardReader(manifest, shards, open_files(path, split, config), config.retries, prefix)
-    return _Dataset(manifest, shards, reader, order)
+    return _Dataset(manifest, shards, reader, order, packed)
+
+
+def _documents(source: ShardSource, path: str, reader: ShardReader, number: int) -> DocumentRows:
+    """Which documents the rows of a dataset hold (ConfigError where its shards cannot say where documents begin)."""
+    if reader.manifest.num_targets is not None:
+        reason = f"data.packing (documents): {path} holds conversations, rows of a stream; use data.packing=stream"
+        raise ConfigError([reason], source="the data")
+    if reader.files.is_remote and reader.shards[0].document_starts is None:
+        reason = (
+            f"data.packing (documents): {path} is remote and has no index that says where documents begin; "
+            "prepare it anew, copy it to a local folder, or use data.packing=stream"
+        )
+        raise ConfigError([reason], source="the data")
+    tokens = np.asarray(reader.shards.num_tokens, np.int64)
+    seed = source.seed if source.split == "train" else None
+    documents = np.cumsum([0, *reader.shards.num_documents])
+    packed = DocumentRows(
+        reader.document_starts, documents, tokens, source.config.context_length, source.block_size, seed, number
+    )
+    try:
+        _ = packed.rows_per_shard
+    except BadShardError as problem:
+        reason = f"data.packing (documents): {problem}; without its documents no row is known: restore the shard"
+        raise ConfigError([reason], source="the data") from problem
+    return packed
 
 
 def _same_tokenizer(config: DataConfig, identities: list[TokenizerIdentity]) -> tuple[TokenizerIdentity, str]:

@@ -24,7 +24,9 @@ class Source(Protocol):
     tokenizer_home: str
     """The dataset folder whose tokenizer is the run's."""
     has_layout: bool
-    """Whether rows hold tokens that are no targets; without, every row is one text to be predicted."""
+    """Whether rows hold documents or tokens that are no targets; without, every row is one text to be predicted."""
+    block_size: int
+    """What documents begin at multiples of."""
 
     @property
     def data_hash(self) -> str:
@@ -36,11 +38,25 @@ class Source(Protocol):
         ...
 
     def layout(self, sample_index: np.ndarray) -> RowLayout:
-        """The targets of rows that have a layout, for int64 sample indices (n,)."""
+        """Documents and targets of rows, where they have a layout; for int64 sample indices (n,)."""
         ...
 
     def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
         """Targets of each row and how many of them begin a document, int64 (n, 2); no token is read."""
+        ...
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the split; 0 where that is not known."""
+        ...
+
+    def document_numbers(self, sample_index: np.ndarray) -> np.ndarray:
+        """Which of them the documents of each packed row are, int64 (n, K), filled up with -1."""
+        ...
+
+    @property
+    def padding_share(self) -> float:
+        """Share of all positions that is padding."""
         ...
 
     @property
@@ -73,8 +89,8 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: DataConfig, seed: int, split: str, excluded: tuple[str, ...]) -> Source:
-    """What `config` reads one split's rows from."""
+def open_source(config: DataConfig, seed: int, split: str, excluded: tuple[str, ...], block_size: int = 1) -> Source:
+    """What `config` reads one split's rows from; documents of packed rows begin at multiples of block_size."""
     if config.stream_text:
         return TextSource(config, seed, split)
-    return ShardSource(config, seed, split, excluded)
+    return ShardSource(config, seed, split, excluded, block_size)

@@ -76,14 +76,27 @@ class RowStream:
             raise BadShardError(self.source.shard_of(index), reason)
 
     def layout(self, sample_index: np.ndarray) -> dict[str, Any]:
-        """What the positions of rows are, by the names in `Rows`; empty where each row is one text to be predicted."""
+        """Documents and targets of rows by their names in `Rows`; empty where each row is one text to be predicted."""
         if not self.source.has_layout:
             return {}
-        return {"is_target_BL": torch.from_numpy(self.source.layout(sample_index).is_target)}
+        found = self.source.layout(sample_index)
+        fields = {"is_target_BL": torch.from_numpy(found.is_target)}
+        if found.document is not None:
+            fields["document_BL"] = torch.from_numpy(found.document.astype(np.int64))
+        return fields
 
     def held_out_layout(self, position: np.ndarray) -> dict[str, Any]:
         """`layout` of validation rows at places in the order of evaluation."""
         return self.layout(self.source.by_weight(position))
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the split, of all datasets together."""
+        return self.source.num_documents
+
+    def held_out_documents(self, position: np.ndarray) -> np.ndarray:
+        """Numbers in the split of the documents of packed validation rows, int64 (n, K), filled up with -1."""
+        return self.source.document_numbers(self.source.by_weight(position))
 
     def targets(self, sample_index: np.ndarray) -> Targets | None:
         """Of all these rows together; None where every token is one."""
@@ -91,6 +104,10 @@ class RowStream:
             return None
         tokens, first = self.source.num_targets(sample_index).sum(axis=0).tolist()
         return Targets(tokens, first)
+
+    def held_out_targets(self, num_rows: int) -> Targets | None:
+        """Of the first validation rows in the order of evaluation."""
+        return self.targets(self.source.by_weight(np.arange(num_rows)))
 
     def without(self, excluded: tuple[str, ...]) -> "RowStream":
         """The same stream going without these shards (and only these)."""
@@ -102,7 +119,9 @@ class RowStream:
         self.source.close()
 
 
-def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cursor = _START) -> RowStream:
+def open_stream(
+    config: DataConfig, seed: int, split: str = "train", cursor: Cursor = _START, *, block_size: int = 1
+) -> RowStream:
     """Open one split of the data that `config` names.
 
     Args:
@@ -110,13 +129,14 @@ def open_stream(config: DataConfig, seed: int, split: str = "train", cursor: Cur
         seed: the run's seed; the order of the training rows depends on it.
         split: "train" (permuted per epoch, endless) or "validation" (natural order, num_rows rows).
         cursor: only its excluded_shards matter here; a stream has no position.
+        block_size: what documents of packed rows begin at multiples of (`RunConfig.document_block`).
 
     Raises:
         ValueError: nothing usable there, naming the folder and the remedy.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split {split!r}: use train or validation")
-    source = open_source(config, seed, split, tuple(cursor.excluded_shards))
+    source = open_source(config, seed, split, tuple(cursor.excluded_shards), block_size)
     identity = source.tokenizer
     folder = _tokenizer_folder(config, identity, source.tokenizer_home)
     return RowStream(

@@ -15,9 +15,11 @@ class RowLayout(NamedTuple):
 
     Attributes:
         is_target: bool (n, L), tokens to be predicted.
+        document: int32 (n, L), number of the position's document in its row, -1 for padding; None: each row is one.
     """
 
     is_target: np.ndarray
+    document: np.ndarray | None = None
 
 
 def runs_of(is_target: np.ndarray) -> np.ndarray:

@@ -43,6 +43,7 @@ class TextSource:
         self.split = split
         self.excluded: tuple[str, ...] = ()
         self.has_layout, self.tokenizer_home = False, config.path
+        self.block_size, self.padding_share, self.num_documents = 1, 0.0, 0
         self._tokenizer = load_tokenizer(config.tokenizer)
         self.tokenizer = identity_of(self._tokenizer)
         self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
@@ -82,12 +83,16 @@ class TextSource:
         return wrap_rows(out, self.tokenizer) if self.config.wrap_rows else out
 
     def layout(self, sample_index: np.ndarray) -> RowLayout:
-        """Nobody asks: every token is a target."""
-        raise ValueError("data.stream_text (true): its rows are a stream of text, all of it to be predicted")
+        """Refused by the configuration: the text is a stream."""
+        raise ValueError("data.stream_text (true): its rows are a stream; use data.packing=stream")
 
     def num_targets(self, sample_index: np.ndarray) -> np.ndarray:
         """See `layout`."""
-        raise ValueError("data.stream_text (true): its rows are a stream of text, all of it to be predicted")
+        raise ValueError("data.stream_text (true): its rows are a stream; use data.packing=stream")
+
+    def document_numbers(self, sample_index: np.ndarray) -> np.ndarray:
+        """See `layout`."""
+        raise ValueError("data.stream_text (true): its rows are a stream; use data.packing=stream")
 
     @property
     def num_sound_rows(self) -> int:

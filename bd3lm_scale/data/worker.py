@@ -76,7 +76,9 @@ class _Server:
     def _opened(self, excluded: tuple[str, ...]) -> Source:
         if self._source is None:
             config = config_from_json(self._setup["config"])
-            self._source = open_source(config, self._setup["seed"], self._setup["split"], excluded)
+            self._source = open_source(
+                config, self._setup["seed"], self._setup["split"], excluded, self._setup["block_size"]
+            )
         elif excluded != self._source.excluded:
             self._source.close()
             self._source = self._source.without(excluded)

@@ -177,6 +177,7 @@ class WorkerPool:
             "seed": self._source.seed,
             "split": self._source.split,
             "excluded": list(self._source.excluded),
+            "block_size": self._source.block_size,
             "memory": self._memory,
             "shape": self._slots.shape,
             "dtype": self._slots.dtype.str,

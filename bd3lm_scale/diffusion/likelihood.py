@@ -5,16 +5,24 @@ are clusters, nelbo is the ratio estimator sum(loss) / sum(tokens). `noise_stder
 other noise on the same documents; it needs two draws per row. It ignores that times are stratified over rows,
 which only lowers the error, so it is an upper bound (and 0 where the likelihood is exact).
 
-Shapes: R rows, J noise draws of a row.
+In packed rows documents are the clusters: a document that is cut into pieces counts once.
+
+Shapes: R rows, J noise draws of a row, D documents, K documents of a row, B rows in a micro-batch, L tokens in a row.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bd3lm_scale.rng import derive_key, random_words
+from bd3lm_scale.values import LossSum, NoisyRows
+
 _NUM_SUMS = 8
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Likelihood:
         bits_per_byte: nats / (ln 2 * bytes), None where the bytes of the text are not known.
         stderr: of nelbo, over rows; nan for a single row.
         noise_stderr: of nelbo, over noise draws on the same rows; None with one draw.
-        num_rows, num_tokens: what was scored.
+        num_rows, num_tokens: what was scored; of packed rows num_rows is the number of documents.
     """
 
     nelbo: float
@@ -111,3 +119,60 @@ class LikelihoodSums:
             num_rows=int(rows),
             num_tokens=int(n),
         )
+
+
+class DocumentSums:
+    """Losses of whole documents, whose pieces may lie in several rows; add `as_tensor` over ranks.
+
+    Attributes:
+        nats_DJ: float64, loss of each document under each noise draw.
+        tokens_D: float64, tokens that it is over; 0: the document was not scored.
+    """
+
+    def __init__(self, num_documents: int, draws: int) -> None:
+        self.nats_DJ = torch.zeros(num_documents, draws, dtype=torch.float64)
+        self.tokens_D = torch.zeros(num_documents, dtype=torch.float64)
+
+    def add(self, noisy: NoisyRows, losses: Sequence[LossSum], number_BK: Tensor) -> None:
+        """Add a micro-batch.
+
+        Args:
+            noisy: under any of the draws.
+            losses: under each of them.
+            number_BK: int64 number in the split of each document of each row.
+        """
+        assert noisy.document_BL is not None, "rows of a stream have no documents"
+        here_BL = (noisy.document_BL >= 0) & noisy.is_real_B[:, None]
+        number = number_BK.gather(1, noisy.document_BL.clamp(min=0))[here_BL]
+        self.tokens_D.index_add_(0, number, noisy.counts_BL[here_BL].double())
+        for draw, loss in enumerate(losses):
+            assert loss.token_loss_BL is not None
+            self.nats_DJ[:, draw].index_add_(0, number, loss.token_loss_BL.cpu()[here_BL])
+
+    def as_tensor(self) -> Tensor:
+        """Everything, float64 and flat."""
+        return torch.cat([self.tokens_D, self.nats_DJ.flatten()])
+
+    def filled(self, sums: Tensor) -> "DocumentSums":
+        """The same with what `as_tensor` gave, summed over ranks."""
+        out = DocumentSums(*self.nats_DJ.shape)
+        out.tokens_D, nats = sums[: len(self.tokens_D)], sums[len(self.tokens_D) :]
+        out.nats_DJ = nats.reshape(self.nats_DJ.shape)
+        return out
+
+    def estimate(self) -> Likelihood:
+        """The likelihood, documents as clusters. ValueError where nothing was scored."""
+        scored = self.tokens_D > 0
+        return LikelihoodSums.of_rows(self.nats_DJ[scored], self.tokens_D[scored]).estimate()
+
+    def bootstrap(self, seed: int) -> tuple[float, float, float]:
+        """(standard error, 2.5% and 97.5% quantile) of the nelbo over documents drawn anew, with replacement."""
+        scored = self.tokens_D > 0
+        nats, tokens = self.nats_DJ[scored].mean(1).numpy(), self.tokens_D[scored].numpy()
+        count, found = len(tokens), np.empty(_RESAMPLES)
+        for number in range(_RESAMPLES):
+            words = random_words(derive_key(seed, "document bootstrap", number), count)
+            drawn = (words % np.uint64(count)).astype(np.int64)
+            found[number] = nats[drawn].sum() / tokens[drawn].sum()
+        low, high = np.quantile(found, [0.025, 0.975])
+        return float(found.std(ddof=1)), float(low), float(high)

@@ -43,7 +43,7 @@ def score_rows(head: HeadRows, noisy: NoisyRows, process: Process) -> LossSum:
     per_token = torch.zeros(batch * length, dtype=torch.float64, device=loss_R.device)
     per_token.index_add_(0, head.index_R, loss_R.detach())
     block_sum_BN = per_token.reshape(batch, process.num_blocks, process.block_size).sum(dim=2)
-    return LossSum(weighted_nll=loss_R.sum(), block_loss_BN=block_sum_BN / tokens_per_block(process))
+    return LossSum(loss_R.sum(), block_sum_BN / tokens_per_block(process), per_token.reshape(batch, length))
 
 
 def tokens_per_block(process: Process) -> int:

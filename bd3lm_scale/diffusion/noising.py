@@ -173,6 +173,8 @@ def _assemble(
     count_BN = is_masked_BL.reshape(*time_BN.shape, process.block_size).sum(dim=2)
     counts_BL = is_real_B1.expand_as(clean_BL).clone()
     first = (slice(None), 0) if rows.document_BL is None else document_starts(rows.document_BL)
+    if isinstance(first, Tensor) and process.objective == "bd3lm":
+        _refuse_documents_inside_blocks(first, process)
     if rows.is_target_BL is not None:
         is_masked_BL &= rows.is_target_BL
         counts_BL &= rows.is_target_BL
@@ -198,6 +200,12 @@ def _assemble(
         document_BL=rows.document_BL,
         is_target_BL=rows.is_target_BL,
     )
+
+
+def _refuse_documents_inside_blocks(is_first_BL: Tensor, process: Process) -> None:
+    size = process.block_size
+    if is_first_BL.reshape(len(is_first_BL), -1, size)[:, :, 1:].any():
+        raise ValueError(f"documents begin inside blocks of {size}; open the data with block_size={size}")
 
 
 def document_starts(document_BL: Tensor) -> Tensor:

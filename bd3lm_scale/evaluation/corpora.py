@@ -53,7 +53,8 @@ def evaluate_corpus(loaded: Loaded, folder: str | None, rows: int | None, wrap: 
     """Figures of one corpus. Collective."""
     config = loaded.config
     if folder is not None:
-        data = replace(config.data, path=folder, mixture=(), wrap_rows=wrap)
+        # published figures are those of streams
+        data = replace(config.data, path=folder, mixture=(), wrap_rows=wrap, packing="stream")
         loaded = replace(loaded, config=replace(config, data=data))
     likelihood = evaluate(loaded, "validation", rows).likelihood
     return vars(likelihood) | {

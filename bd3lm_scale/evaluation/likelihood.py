@@ -11,9 +11,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from bd3lm_scale.data.stream import RowStream, bytes_per_token, open_stream
+from bd3lm_scale.diffusion.likelihood import DocumentSums
 from bd3lm_scale.errors import BadShardError, CheckpointError, ConfigError
 from bd3lm_scale.evaluation.variance import VarianceReport, format_report, measure_variance
 from bd3lm_scale.inference.loading import Loaded, load_model
@@ -37,11 +39,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variance", action="store_true", help="also the variance of the loss and of its gradient")
     parser.add_argument("--noise-draws", type=int, default=16, metavar="N", help="draws per gradient probe")
     parser.add_argument("--json", metavar="FILE", help="also write the metrics here")
+    parser.add_argument(
+        "--per-document", metavar="FILE.jsonl", help="also the loss of each document; with data.packing=documents"
+    )
     args = parser.parse_intermixed_args(argv)
     set_up_logging(None)
     try:
         overrides = [*args.overrides, *([f"data.path={args.data}"] if args.data else [])]
         loaded = load_model(args.source, overrides, args.weights, args.checkpoint)
+        if args.per_document and loaded.config.data.packing != "documents":
+            raise ConfigError(["--per-document: rows of a stream have no documents; add data.packing=documents"])
         result = evaluate(loaded, args.split, args.rows)
         variance = _variance(loaded, result, args) if args.variance else None
     except (ConfigError, CheckpointError, ValueError) as error:
@@ -50,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     if loaded.engine.mesh.is_main_rank:
         print(report(loaded, result))
         metrics = dict(vars(result.likelihood))
+        if result.documents is not None:
+            error, low, high = result.documents.bootstrap(loaded.config.seed)
+            print(f"bootstrap   {error:.4f} over documents, 95% in [{low:.4f}, {high:.4f}] nats per token")
+            metrics |= {"bootstrap_stderr": error, "bootstrap_low": low, "bootstrap_high": high}
+            if args.per_document:
+                write_documents(Path(args.per_document), result.documents)
         if result.by_set:
             metrics["sets"] = {name: vars(figures) for name, figures in result.by_set.items()}
         if variance is not None:
@@ -92,6 +105,16 @@ def evaluate(loaded: Loaded, split: str = "validation", rows: int | None = None)
     return replace(result, likelihood=replace(likelihood, bits_per_byte=likelihood.bits_per_token / density))
 
 
+def write_documents(path: Path, documents: DocumentSums) -> None:
+    """One line of JSON for each document that was scored, by its number in the split."""
+    with path.open("w", encoding="utf-8") as file:
+        for number in torch.nonzero(documents.tokens_D > 0).flatten().tolist():
+            tokens, nats = int(documents.tokens_D[number]), documents.nats_DJ[number]
+            record = {"document": number, "tokens": tokens, "nats": float(nats.mean())}
+            record |= {"nelbo": record["nats"] / tokens, "draws": len(nats)}
+            file.write(json.dumps(record) + "\n")
+
+
 def _variance(loaded: Loaded, result: Validation, args: argparse.Namespace) -> VarianceReport:
     diffusion, saved = loaded.config.diffusion, loaded.reader.meta.get("clip", {})
     low, high = saved.get("low", diffusion.clip_low), saved.get("high", diffusion.clip_high)
@@ -103,7 +126,8 @@ def _variance(loaded: Loaded, result: Validation, args: argparse.Namespace) -> V
 
 
 def _open(loaded: Loaded, split: str) -> RowStream:
-    return open_stream(loaded.config.data, loaded.config.seed, split)
+    config = loaded.config
+    return open_stream(config.data, config.seed, split, block_size=config.document_block)
 
 
 def _text_name(loaded: Loaded) -> str:
@@ -114,13 +138,14 @@ def _text_name(loaded: Loaded) -> str:
 def report(loaded: Loaded, result: Validation) -> str:
     """The metrics as a small table."""
     metrics = result.likelihood
+    clusters = "rows" if result.documents is None else "documents"
     bound = "NLL " if loaded.config.diffusion.objective == "ar" else "NELBO"
     noise = "" if metrics.noise_stderr is None else f" (noise alone {metrics.noise_stderr:.4f})"
     per_byte = "" if metrics.bits_per_byte is None else f"    bits/byte  {metrics.bits_per_byte:.4f}"
     return "\n".join(
         [
             f"checkpoint  {loaded.reader.path} (step {loaded.reader.meta['step']}, {loaded.weights} weights)",
-            f"text        {_text_name(loaded)}: {metrics.num_rows:,} rows, {metrics.num_tokens:,} tokens",
+            f"text        {_text_name(loaded)}: {metrics.num_rows:,} {clusters}, {metrics.num_tokens:,} tokens",
             f"{bound}       {metrics.nelbo:.4f} +- {metrics.stderr:.4f} nats per token{noise}",
             f"PPL         {metrics.ppl:.3f} +- {metrics.ppl_stderr:.3f}",
             f"bits/token  {metrics.bits_per_token:.4f}" + per_byte,

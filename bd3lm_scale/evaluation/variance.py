@@ -156,7 +156,7 @@ def probe(
         draws: noise draws.
         beat: called after each.
     """
-    tokens = num_loss_tokens(engine.process, num_rows)
+    tokens = num_loss_tokens(engine.process, num_rows, batches[0].targets)
     moments, losses = GradientMoments(), []
     for chunk in engine.chunks:
         chunk.eval()
@@ -234,7 +234,8 @@ def _batches(engine: Engine, config: RunConfig, stream: RowStream, num_rows: int
     size = min(config.train.micro_batch_size, -(-num_rows // mesh.data_size))
     plan = BatchPlan(num_rows, size, mesh.data_rank, mesh.data_size)
     count = -(-plan.num_micro_batches // mesh.pipeline_size) * mesh.pipeline_size
-    return [read_rows(plan.positions(i), num_rows, stream) for i in range(count)]
+    targets = stream.held_out_targets(num_rows)
+    return [replace(read_rows(plan.positions(i), num_rows, stream), targets=targets) for i in range(count)]
 
 
 @contextmanager

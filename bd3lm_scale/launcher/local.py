@@ -15,6 +15,8 @@ from bd3lm_scale.launcher.policy import describe_code
 from bd3lm_scale.runtime.run_folder import ATTEMPT_VARIABLE, node_name
 
 PR_SET_PDEATHSIG = 1
+# Read when a rank starts CUDA: the order of kernels and messages (Megatron), and memory without fragments.
+BEFORE_CUDA = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,10 @@ class LocalRanks:
         for local_rank in range(self.ranks_per_node):
             position = {"RANK": str(first_rank + local_rank), "LOCAL_RANK": str(local_rank)}
             process = subprocess.Popen(
-                list(command), env=os.environ | job | position, start_new_session=True, preexec_fn=die_with_parent
+                list(command),
+                env=BEFORE_CUDA | os.environ | job | position,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
             self._processes.append(process)
 

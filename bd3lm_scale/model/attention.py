@@ -11,21 +11,25 @@ Megatron hands over tensors as (P, B, H, K).
 """
 
 import itertools
+from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from bd3lm_scale.config.checks import MIN_FLEX_WIDTH
+from bd3lm_scale.model.document_attention import DocumentPattern
 from bd3lm_scale.model.tiles import Chunk, flex_block_mask, plan_chunks
 from bd3lm_scale.values import CLEAN_VIEW, Visibility
 
 _CHUNK = 128
 _FLEX_TILE = 128
 _MAX_GRAPHS = 64
+_KEPT_PATTERNS = 4
 
 
 class AttentionPattern:
@@ -41,35 +45,74 @@ class AttentionPattern:
         self.backend = backend
         self.num_positions = visibility.view_P.numel()
         self._on_device: dict[Any, Any] = {}
+        self._packed: OrderedDict[bytes, DocumentPattern] = OrderedDict()
+        view, segment, block = visibility.view_P, visibility.segment_P, visibility.block_P
+        # every position sees every other (MDLM, SEDD); ordinary causal attention (AR)
+        self.is_full = all(bool((t == t[0]).all()) for t in (view, segment, block))
+        one_text = bool((segment == segment[0]).all()) and bool((view == CLEAN_VIEW).all())
+        self.is_causal = one_text and bool((block == torch.arange(self.num_positions)).all())
 
-    @cached_property
-    def is_full(self) -> bool:
-        """Every position sees every other (MDLM, SEDD)."""
-        v = self.visibility
-        return all(bool((t == t[0]).all()) for t in (v.view_P, v.segment_P, v.block_P))
-
-    @cached_property
-    def is_causal(self) -> bool:
-        """Ordinary causal attention (AR)."""
-        v = self.visibility
-        same = bool((v.segment_P == v.segment_P[0]).all()) and bool((v.view_P == CLEAN_VIEW).all())
-        return same and bool((v.block_P == torch.arange(self.num_positions)).all())
+    def prepare(self, num_queries: int, head_width: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Make what `attend` would make when it is first called."""
+        kind = self._kind(num_queries, head_width, device)
+        if kind == "dense":
+            self.dense(device)
+        elif kind == "flex":
+            self._block_mask(device, num_queries)
+        elif kind == "chunked":
+            self._chunks(device, dtype)
 
     def attend(self, query_PBHK: Tensor, key_PBHK: Tensor, value_PBHK: Tensor, num_queries: int) -> Tensor:
         """Attention output (num_queries, B, H * K) of the first `num_queries` positions."""
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_PBHK[:num_queries], key_PBHK, value_PBHK))
-        backend = self.backend
-        if backend == "auto":
-            backend = "flex" if query.is_cuda and query.shape[3] >= MIN_FLEX_WIDTH else "chunked"
-        if self.is_full or (self.is_causal and num_queries == self.num_positions):
+        kind = self._kind(num_queries, query.shape[3], query.device)
+        if kind == "whole":
             out = _attention(query, key, value, is_causal=not self.is_full)
-        elif backend == "dense":
+        elif kind == "dense":
             out = _attention(query, key, value, attn_mask=self.dense(query.device)[:num_queries])
-        elif backend == "flex":
+        elif kind == "flex":
             out = self._flex(query, key, value, num_queries)
         else:
             out = self._chunked(query, key, value, num_queries)
         return out.permute(2, 0, 1, 3).reshape(num_queries, query.shape[0], -1)
+
+    @torch.compiler.disable(recursive=True)
+    def attend_documents(
+        self, query_PBHK: Tensor, key_PBHK: Tensor, value_PBHK: Tensor, num_queries: int, document_BL: Tensor
+    ) -> Tensor:
+        """`attend` in rows of several documents, given on the CPU."""
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query_PBHK[:num_queries], key_PBHK, value_PBHK))
+        pattern, kind = (
+            self._of_documents(document_BL),
+            self._kind(num_queries, query.shape[3], query.device, is_packed=True),
+        )
+        if kind == "dense":
+            out = pattern.dense(query, key, value, num_queries)
+        elif kind == "flex":
+            out = pattern.flex(query, key, value, num_queries, _FLEX_TILE, _compiled_flex())
+        else:
+            out = pattern.chunked(query, key, value, num_queries, _CHUNK)
+        return out.permute(2, 0, 1, 3).reshape(num_queries, query.shape[0], -1)
+
+    def _of_documents(self, document_BL: Tensor) -> DocumentPattern:
+        """Prepared by the first layer that asks, and again after so many other micro-batches."""
+        # a function of the documents, so that recomputation, which comes later, finds its own micro-batch's
+        key = document_BL.numpy().tobytes()
+        if key in self._packed:
+            self._packed.move_to_end(key)
+        else:
+            self._packed[key] = DocumentPattern(self.visibility, document_BL, _attention)
+            if len(self._packed) > _KEPT_PATTERNS:
+                self._packed.popitem(last=False)
+        return self._packed[key]
+
+    def _kind(self, num_queries: int, head_width: int, device: torch.device, is_packed: bool = False) -> str:
+        """dense | chunked | flex, or whole: torch's own kernels suffice for rows of one document."""
+        if not is_packed and (self.is_full or (self.is_causal and num_queries == self.num_positions)):
+            return "whole"
+        if self.backend != "auto":
+            return self.backend
+        return "flex" if device.type == "cuda" and head_width >= MIN_FLEX_WIDTH else "chunked"
 
     def dense(self, device: torch.device) -> Tensor:
         """The whole boolean (P, P) mask, True where attention is allowed."""
@@ -116,12 +159,13 @@ class AttentionPattern:
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, num_queries: int) -> Tensor:
         block_mask = self._block_mask(query.device, num_queries)
         grouped = query.shape[1] != key.shape[1]
-        return _compiled_flex()(query, key, value, block_mask=block_mask, enable_gqa=grouped)
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        return flex(query, key, value, block_mask=block_mask, enable_gqa=grouped)
 
     def _block_mask(self, device: torch.device, num_queries: int) -> Any:
         cache_key = ("flex", device, num_queries)
         if cache_key not in self._on_device:
-            self._on_device[cache_key] = flex_block_mask(self.visibility, num_queries, _FLEX_TILE, device)
+            self._on_device[cache_key] = flex_block_mask([self.visibility], num_queries, _FLEX_TILE, device)
         return self._on_device[cache_key]
 
 
@@ -133,8 +177,6 @@ def _attention(query_BHQK: Tensor, key_BGJK: Tensor, value_BGJK: Tensor, **optio
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
     # One graph per shape, mode and model chunk; beyond the limit torch would build the whole score matrix instead.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     return torch.compile(flex_attention, dynamic=False)
@@ -222,11 +264,17 @@ class BlockAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | LayerCache | None = None, **_: Any
     ) -> Tensor:
-        """(P, B, H, K), (P, B, G, K) twice -> (queries, B, H * K); with a cache where Megatron has a mask."""
+        """(P, B, H, K), (P, B, G, K) twice -> (queries, B, H * K).
+
+        Where Megatron has a mask, a cache or the documents (B, L) of packed rows.
+        """
         if isinstance(attention_mask, LayerCache):
             return self._decode(attention_mask, query, key, value)
         assert self.pattern is not None, "the denoiser sets the visibility before the first forward"
-        return self.pattern.attend(query, key, value, self.num_queries or query.shape[0])
+        num_queries = self.num_queries or query.shape[0]
+        if attention_mask is None:
+            return self.pattern.attend(query, key, value, num_queries)
+        return self.pattern.attend_documents(query, key, value, num_queries, attention_mask)
 
     @staticmethod
     def _decode(cache: LayerCache, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

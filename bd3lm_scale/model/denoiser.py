@@ -104,6 +104,14 @@ class Denoiser(MegatronModule):
         for layer in self.decoder.layers:
             cast(Any, layer).self_attention.core_attention.pattern = pattern
 
+    def prepare_attention(self) -> None:
+        """Make the masks now: in a layer being compiled this would end its graph."""
+        for layer in self.decoder.layers:
+            attention = cast(Any, layer).self_attention.core_attention
+            queries = attention.num_queries or self.config.sequence_length
+            device, dtype = self.training_rotary.device, self.config.params_dtype
+            attention.pattern.prepare(queries, self.config.head_width, device, dtype)
+
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Called by the schedule with what the previous stage sent."""
         # None is legal: it takes back what was set before
@@ -116,6 +124,7 @@ class Denoiser(MegatronModule):
         dropout_key: Tensor | None,
         index_R: Tensor,
         target_R: Tensor,
+        document_BL: Tensor | None = None,
     ) -> Tensor:
         """What the next stage needs, or (2, R) target logits and log-sum-exps on the last chunk.
 
@@ -123,9 +132,10 @@ class Denoiser(MegatronModule):
             input_BP: token ids (used by the first chunk only, its shape by all); those beyond P, the last clean
                 block, are seen by no scored position and not read.
             sigma_B: noise levels.
-            dropout_key: int64 scalar on the CPU; None when evaluating.
+            dropout_key: int64 scalar; None when evaluating.
             index_R: flat index b * L + l of the scored rows (used by the last chunk only).
             target_R: their target ids.
+            document_BL: documents of packed rows, on the CPU; None: each row is one.
         """
         batch, length = input_BP.shape[0], self.config.context_length
         hidden, conditioning = None, None
@@ -133,12 +143,15 @@ class Denoiser(MegatronModule):
             hidden, conditioning = self.embed(input_BP[:, : self.config.sequence_length]), self.condition(sigma_B)
         elif self.carries_conditioning:
             conditioning = self._take_conditioning()
+        rotary = self.training_rotary
+        if document_BL is not None and self.config.restart_positions:
+            rotary = self.restarted_rotary(document_BL)
         hidden = self.decoder(
             hidden_states=hidden,
-            attention_mask=None,
+            attention_mask=document_BL,
             context=conditioning,
             context_mask=dropout_key,
-            rotary_pos_emb=self.training_rotary,
+            rotary_pos_emb=rotary,
         )
         if not self.post_process:
             return self._leave(hidden, conditioning)
@@ -153,6 +166,16 @@ class Denoiser(MegatronModule):
     def rotary(self, position_P: Tensor) -> Tensor:
         """Rotary angles (P, 1, 1, K) at these positions."""
         return rotary_angles(position_P, self.config.head_width, self.config.architecture.rope)
+
+    def restarted_rotary(self, document_BL: Tensor) -> Tensor:
+        """Rotary angles (P, B, 1, K) that start anew with every document; of no meaning in padding."""
+        position_L = torch.arange(self.config.context_length)
+        is_first_BL = document_BL[:, 1:] != document_BL[:, :-1]
+        start_BL = F.pad(is_first_BL, (1, 0)) * position_L
+        position_BL = position_L - start_BL.cummax(dim=1).values
+        views = position_BL.T[torch.arange(self.config.sequence_length) % self.config.context_length]
+        angles = self.get_buffer("training_rotary")
+        return angles[views.to(angles.device), 0]
 
     def holds(self, parameter: Parameter) -> bool:
         """Whether a parameter of the table belongs to this chunk."""

@@ -27,6 +27,8 @@ from bd3lm_scale.model.parameters import Architecture
 from bd3lm_scale.model.transformer_config import DenoiserConfig
 from bd3lm_scale.rng import derive_key
 
+_SHARD_BITS, _SITE_SHIFT = 12, 36
+
 
 class ColumnParallelNoBias(tensor_parallel.ColumnParallelLinear):
     """Megatron gives attention biases wherever the MLP has some; here each is a choice of its own."""
@@ -35,7 +37,14 @@ class ColumnParallelNoBias(tensor_parallel.ColumnParallelLinear):
         super().__init__(*args, **{**kwargs, "bias": False})
 
 
-class RowParallelNoBias(tensor_parallel.RowParallelLinear):
+class RowParallel(tensor_parallel.RowParallelLinear):
+    """Megatron's names no group here, and its warning of that would cut a compiled layer in two."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super()._forward_impl(input, weight, *args, **{**kwargs, "tp_group": self.tp_group})
+
+
+class RowParallelNoBias(RowParallel):
     """See ColumnParallelNoBias."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -68,20 +77,45 @@ def modulate(normed_PBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     return torch.addcmul(shift_BD, normed_PBD, 1 + scale_BD)
 
 
-def keyed_dropout(x: Tensor, rate: float, key: Tensor | None, *site: int) -> Tensor:
+@torch.library.custom_op("bd3lm_scale::dropout_uniforms", mutates_args=())
+def dropout_uniforms(shape: Sequence[int], key: Tensor, site: Tensor) -> Tensor:
+    """fp32 numbers in [0, 1), a pure function of key and site (int64 scalars on the device of the result).
+
+    On CUDA torch's Philox with the key as seed, each site a stretch of 2^36 numbers of its own: nothing is read on the
+    host, and a compiled layer contains it. On the CPU torch's generator.
+    """
+    if key.is_cuda:
+        out = torch.empty(shape, device=key.device)
+        return torch.ops.aten._philox_uniform_(out, torch.stack([key, site << _SITE_SHIFT]).view(torch.uint64))
+    number, generator = int(site), torch.Generator()
+    coordinates = number >> (_SHARD_BITS + 1), number >> _SHARD_BITS & 1, number & (2**_SHARD_BITS - 1)
+    generator.manual_seed(derive_key(int(key), "dropout", *coordinates) & (2**63 - 1))
+    return torch.rand(tuple(shape), generator=generator)
+
+
+@dropout_uniforms.register_fake
+def _(shape: Sequence[int], key: Tensor, site: Tensor) -> Tensor:
+    return torch.empty(shape, device=key.device)
+
+
+def dropout_site(layer: int, index: int, shard: int) -> int:
+    """Number of a place of dropout: index (0 or 1) in a layer, and the shard where ranks hold different rows."""
+    return ((layer << 1) + index << _SHARD_BITS) + shard
+
+
+def keyed_dropout(x: Tensor, rate: float, key: Tensor | None, site: Tensor) -> Tensor:
     """Dropout whose mask is a pure function of (key, site), so recomputation and resumption repeat it.
 
     Args:
         x: any shape.
         rate: probability of zeroing.
-        key: int64 scalar on the CPU, a function of (seed, step, first position of the micro-batch); None: no dropout.
-        site: layer, index in the layer, and the shard index where ranks hold different rows.
+        key: int64 scalar, a function of (seed, step, first position of the micro-batch); None: no dropout.
+        site: int64 scalar, see `dropout_site`. Both are on x's device: a number on the host would be part of the
+            graph when a layer is compiled, and mean a graph for each.
     """
     if rate == 0.0 or key is None:
         return x
-    generator = torch.Generator(device=x.device)
-    generator.manual_seed(derive_key(int(key), "dropout", *site) & (2**63 - 1))
-    keep = torch.rand(x.shape, generator=generator, device=x.device) >= rate
+    keep = dropout_uniforms(x.shape, key, site) >= rate
     return x * keep / (1 - rate)
 
 
@@ -92,6 +126,7 @@ class DiTLayer(TransformerLayer):
     """
 
     config: DenoiserConfig
+    dropout_sites: Tensor
 
     def __init__(self, config: DenoiserConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -100,11 +135,14 @@ class DiTLayer(TransformerLayer):
         is_last = self.layer_number == config.num_layers
         self.num_outputs = config.context_length if is_last and config.scores_noisy_half_only else None
         self.self_attention.core_attention.num_queries = self.num_outputs
+        shard = self.tp_group.rank() if config.sequence_parallel else 0
+        sites = [dropout_site(self.layer_number, index, shard) for index in (0, 1)]
+        self.register_buffer("dropout_sites", torch.tensor(sites, device="cpu"), persistent=False)
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Sequence[LayerCache] | None = None,
+        attention_mask: Sequence[LayerCache] | Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
@@ -112,10 +150,15 @@ class DiTLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (P, B, D), context (B, C) or None, context_mask the dropout key.
 
-        Megatron's slot for a mask carries what decoding brings instead: the cache of each layer, None in training.
+        Megatron's slot for a mask carries the documents (B, L) of packed rows in training, None where there are none,
+        and what decoding brings: the cache of each layer.
         """
         dtype = self.config.params_dtype
-        cache: Any = None if attention_mask is None else attention_mask[self.layer_number - 1]
+        seen: Any = attention_mask
+        is_training = attention_mask is None or isinstance(attention_mask, Tensor)
+        if not is_training:
+            seen = seen[self.layer_number - 1]
+        key = context_mask if self.training else None
         x = hidden_states
         if context is None:
             shift_a = scale_a = shift_m = scale_m = torch.zeros((), device=x.device)
@@ -126,13 +169,15 @@ class DiTLayer(TransformerLayer):
                 modulation = tensor_parallel.copy_to_tensor_model_parallel_region(modulation)
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.float().chunk(6, dim=-1)
         attention_input = modulate(self.input_layernorm(x), shift_a, scale_a).to(dtype)
-        attended, _bias = self.self_attention(attention_input, attention_mask=cache, rotary_pos_emb=rotary_pos_emb)
-        if self.num_outputs is not None and cache is None:
+        attended, _bias = self.self_attention(attention_input, attention_mask=seen, rotary_pos_emb=rotary_pos_emb)
+        if self.num_outputs is not None and is_training:
             x = self._first_rows(x, self.num_outputs) if self.config.sequence_parallel else x[: self.num_outputs]
-        x = torch.addcmul(x, gate_a, self._drop(attended.float(), context_mask, 0))
+        attended = attended.float() if key is None else self.apply_dropout(attended.float(), key, 0)
+        x = torch.addcmul(x, gate_a, attended)
         out, bias = self.mlp(modulate(self.pre_mlp_layernorm(x), shift_m, scale_m).to(dtype))
         out = out.float() if bias is None else out.float() + bias.float()
-        return torch.addcmul(x, gate_m, self._drop(out, context_mask, 1)), context
+        out = out if key is None else self.apply_dropout(out, key, 1)
+        return torch.addcmul(x, gate_m, out), context
 
     def _first_rows(self, x: Tensor, count: int) -> Tensor:
         """This rank's shard of the first `count` rows of the sequence, from shards of all of it."""
@@ -146,13 +191,9 @@ class DiTLayer(TransformerLayer):
         sent, received = [moved(rank, r) for r in range(size)], [moved(r, rank) for r in range(size)]
         return tensor_parallel.all_to_all(self.tp_group, x[: sum(sent)], received, sent)
 
-    def _drop(self, x: Tensor, key: Tensor | None, site: int) -> Tensor:
-        return x if key is None or not self.training else self.apply_dropout(x, key, site)
-
     def apply_dropout(self, x: Tensor, key: Tensor, site: int) -> Tensor:
         """Dropout at this layer's `site`; different rows on each rank under sequence parallelism."""
-        shard = self.tp_group.rank() if self.config.sequence_parallel else 0
-        return keyed_dropout(x, self.hidden_dropout, key, self.layer_number, site, shard)
+        return keyed_dropout(x, self.hidden_dropout, key, self.dropout_sites[site])
 
 
 def layer_spec(arch: Architecture) -> ModuleSpec:
@@ -164,7 +205,7 @@ def layer_spec(arch: Architecture) -> ModuleSpec:
         q_layernorm=HeadNorm if arch.qk_norm else IdentityOp,
         k_layernorm=HeadNorm if arch.qk_norm else IdentityOp,
     )
-    mlp = MLPSubmodules(linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear)
+    mlp = MLPSubmodules(linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=RowParallel)
     return ModuleSpec(
         module=DiTLayer,
         submodules=TransformerLayerSubmodules(

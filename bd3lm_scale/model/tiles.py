@@ -99,49 +99,66 @@ def _seen_pieces(queries: _Pieces, keys: _Pieces) -> tuple[np.ndarray, np.ndarra
 
 
 @torch.compiler.disable(recursive=True)
-def flex_block_mask(visibility: Visibility, num_queries: int, tile: int, device: torch.device) -> Any:
+def flex_block_mask(rows: Sequence[Visibility], num_queries: int, tile: int, device: torch.device) -> Any:
     """FlexAttention's BlockMask of the first num_queries positions by all, from the lists of its tiles.
 
     Args:
-        visibility: of all keys.
+        rows: visibility of all keys for each row, or of all rows alike.
         num_queries: queries; where they or the keys end inside a tile, that tile counts as seen in part.
         tile: edge of a tile.
         device: where the kernel runs.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    num_keys = visibility.view_P.numel()
+    num_keys = rows[0].view_P.numel()
+    seen = [_seen_in_part_and_whole(row, num_queries, num_keys, tile) for row in rows]
+    partly, whole = [some for some, _ in seen], [every for _, every in seen]
+    # the rows end to end: one rule for all of them
+    view, segment, block = (
+        torch.cat([getattr(row, name) for row in rows]).to(device) for name in ("view_P", "segment_P", "block_P")
+    )
+    there = Visibility(view, segment, block, rows[0].block_size)
+
+    def seen_in_row(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return there.may_see(b * num_keys + q, b * num_keys + k)
+
+    return BlockMask(
+        (num_queries, num_keys),
+        *_listed(partly, device),
+        *_listed(whole, device),
+        *_listed([tiles.T for tiles in partly], device),
+        *_listed([tiles.T for tiles in whole], device),
+        BLOCK_SIZE=(tile, tile),
+        mask_mod=seen_in_row if len(rows) > 1 else lambda b, h, q, k: there.may_see(q, k),
+    )
+
+
+def _seen_in_part_and_whole(
+    visibility: Visibility, num_queries: int, num_keys: int, tile: int
+) -> tuple[np.ndarray, np.ndarray]:
     some, every = seen_tiles(
         visibility, [*range(0, num_queries, tile), num_queries], [*range(0, num_keys, tile), num_keys]
     )
     every[num_queries // tile :] = False
     every[:, num_keys // tile :] = False
-    there = Visibility(
-        visibility.view_P.to(device),
-        visibility.segment_P.to(device),
-        visibility.block_P.to(device),
-        visibility.block_size,
-    )
-    some &= ~every
-    return BlockMask(
-        (num_queries, num_keys),
-        *_listed(some, device),
-        *_listed(every, device),
-        *_listed(some.T, device),
-        *_listed(every.T, device),
-        BLOCK_SIZE=(tile, tile),
-        mask_mod=lambda b, h, q, k: there.may_see(q, k),
-    )
+    return some & ~every, every
 
 
-def _listed(tiles_QK: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many tiles of each row are chosen (1, 1, Q), and the row's tiles, chosen ones first (1, 1, Q, K)."""
+def _listed(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of tiles (Q, K) in each of B rows: how many are chosen (B, 1, Q), and which, those first (B, 1, Q, K)."""
+    counts, orders = zip(*map(_chosen, rows), strict=True)
+    return torch.from_numpy(np.stack(counts)).to(device)[:, None], torch.from_numpy(np.stack(orders)).to(device)[
+        :, None
+    ]
+
+
+def _chosen(tiles_QK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many tiles of each row of tiles are chosen, and the row's tiles, chosen ones first."""
     order = np.empty(tiles_QK.shape, dtype=np.int32)
     for first in range(0, len(order), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
         order[part] = np.argsort(~tiles_QK[part], axis=1, kind="stable")
-    count = tiles_QK.sum(axis=1, dtype=np.int32)
-    return torch.from_numpy(count).to(device)[None, None], torch.from_numpy(order).to(device)[None, None]
+    return tiles_QK.sum(axis=1, dtype=np.int32), order
 
 
 @dataclass(frozen=True)

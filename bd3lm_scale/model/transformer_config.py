@@ -29,6 +29,7 @@ class DenoiserConfig(TransformerConfig):
     sequence_length: int = 2048
     mask_token_id: int = 0
     attention_backend: str = "auto"
+    restart_positions: bool = True
     scores_noisy_half_only: bool = False
     """The last layer's clean rows serve as keys and values only; skip the rest of their work (exact)."""
     shift_targets: bool = False
@@ -85,6 +86,7 @@ def make_transformer_config(
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[parallel.recompute]
+    no_graphs: dict[str, Any] = {_CUDA_GRAPHS: []}
     return DenoiserConfig(
         **_network_options(architecture),
         hidden_dropout=model.dropout,
@@ -119,10 +121,11 @@ def make_transformer_config(
         sequence_length=config.sequence_length,
         mask_token_id=mask_token_id,
         attention_backend=model.attention,
+        restart_positions=config.data.restart_positions,
         scores_noisy_half_only=config.scores_noisy_half_only,
         shift_targets=config.diffusion.shift_targets,
         **recompute,
-        **{_CUDA_GRAPHS: []},
+        **no_graphs,
     )
 
 

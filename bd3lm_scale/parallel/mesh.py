@@ -103,6 +103,10 @@ def _first_host(nodes: str) -> str:
         raise ConfigError([problem], "environment") from error
 
 
+_OWN_GPU = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND")
+"""Set by srun --gpus-per-task=1 and --gpu-bind=single:1: each task sees one GPU, which is its device 0."""
+
+
 def choose_device(requested: str, local_rank: int) -> torch.device:
     """The device of this process for runtime.device auto | cpu | cuda."""
     if requested == "cuda" and not torch.cuda.is_available():
@@ -111,12 +115,15 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
         )
     if requested == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
-            "start fewer processes per node"
-        )
-    return torch.device("cuda", local_rank)
+    count = torch.cuda.device_count()
+    if local_rank < count:
+        return torch.device("cuda", local_rank)
+    if count == 1 and any(os.environ.get(name) for name in _OWN_GPU):
+        return torch.device("cuda", 0)
+    raise ValueError(
+        f"local rank {local_rank} has no GPU of its own: this process sees {count}; start fewer processes per node, "
+        "or let each see all GPUs of its node (SLURM_GPUS_PER_TASK and SLURM_GPU_BIND say where each has its own)"
+    )
 
 
 def init_mesh(parallel: ParallelConfig, device: str = "auto", timeout_seconds: float = 1800.0) -> Mesh:
@@ -141,6 +148,7 @@ def init_mesh(parallel: ParallelConfig, device: str = "auto", timeout_seconds: f
             )
         torch.cuda.set_device(chosen)
         os.environ["DS_ACCELERATOR"] = "cuda"
+        os.environ["LOCAL_RANK"] = str(chosen.index)  # DeepSpeed takes it for the number of the device
         # read when cuBLAS starts; without it torch refuses matrix products under train.deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     else:

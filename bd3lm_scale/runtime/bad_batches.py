@@ -22,8 +22,10 @@ def dump_batch(
     folder = Path(run_dir) / "bad_batches"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}_rank_{data_rank:05d}.npz"
+    documents = [part.document_BL.cpu().numpy() for part in rows if part.document_BL is not None]
     np.savez_compressed(
         path,
+        document=np.concatenate(documents) if documents else np.zeros((0, 0), np.int64),
         tokens=np.concatenate([part.tokens_BL.cpu().numpy() for part in rows]),
         position=np.concatenate([part.position_B.cpu().numpy() for part in rows]),
         is_real=np.concatenate([part.is_real_B.cpu().numpy() for part in rows]),

@@ -9,6 +9,7 @@ import torch
 
 from bd3lm_scale.config.schema import DiffusionConfig
 from bd3lm_scale.diffusion.clip_search import CountMoments
+from bd3lm_scale.diffusion.likelihood import DocumentSums
 from bd3lm_scale.diffusion.loss import num_loss_tokens
 from bd3lm_scale.diffusion.mask_counts import stratified_counts, stratified_weights
 from bd3lm_scale.diffusion.noising import noise_rows, noise_rows_for_evaluation, stream_hash
@@ -144,3 +145,48 @@ def test_blocks_without_a_target_tell_the_clip_search_nothing():
     moments, loss = CountMoments(4), LossSum(torch.zeros(()), torch.rand(6, 8, dtype=torch.float64))
     moments.accumulate(noisy, loss)
     assert moments.sums[0].sum() == 5 * (3 + 1 + 3) + 1
+
+
+def test_pieces_of_a_document_count_once_and_the_bootstrap_is_its_spread():
+    """Documents 3 and 1 share a row; 3 goes on in another row, beside padding; 0 and 2 are nowhere."""
+    rows = packed(2)
+    _, noisy = noises(rows, "bd3lm")
+    numbers = torch.tensor([[3, 1, 4], [3, -1, -1]])
+    losses = [LossSum(torch.zeros(()), torch.zeros(2, 8), torch.rand(2, LENGTH).double()) for _ in range(2)]
+    sums = DocumentSums(5, 2)
+    sums.add(noisy, losses, numbers)
+    assert sums.tokens_D.tolist() == [0, 3, 0, 8 + 2, 10]
+    for draw, loss in enumerate(losses):
+        loss_BL = loss.token_loss_BL
+        wanted = [0, loss_BL[0, 12:16].sum(), 0, loss_BL[0, :9].sum() + loss_BL[1, :3].sum(), loss_BL[0, 16:27].sum()]
+        assert sums.nats_DJ[:, draw].tolist() == pytest.approx([float(w) for w in wanted])
+    twice = sums.filled(sums.as_tensor() * 2)
+    assert torch.equal(twice.nats_DJ, 2 * sums.nats_DJ)
+    estimate = sums.estimate()
+    assert (estimate.num_rows, estimate.num_tokens) == (3, 23)
+    assert estimate.nelbo == pytest.approx(float(sums.nats_DJ.mean(1).sum()) / 23)
+
+    generator = torch.Generator().manual_seed(0)
+    many = DocumentSums(400, 1)
+    many.tokens_D = torch.randint(0, 50, (400,), generator=generator).double()
+    many.nats_DJ = (many.tokens_D * (3 + torch.rand(400, generator=generator).double()))[:, None]
+    error, low, high = many.bootstrap(seed=1)
+    expected = many.estimate()
+    assert error == pytest.approx(expected.stderr, rel=0.1)
+    assert (low, high) == pytest.approx((expected.nelbo - 1.96 * error, expected.nelbo + 1.96 * error), abs=0.3 * error)
+    assert many.bootstrap(seed=1) == (error, low, high)
+    assert many.bootstrap(seed=2) != (error, low, high)
+
+
+def test_padding_rows_are_in_no_document():
+    rows = packed(2)
+    rows = replace(rows, is_real_B=torch.tensor([True, False]))
+    _, noisy = noises(rows, "bd3lm")
+    sums = DocumentSums(4, 1)
+    sums.add(
+        noisy,
+        [LossSum(torch.zeros(()), torch.zeros(2, 8), torch.ones(2, LENGTH).double())],
+        torch.arange(6).reshape(2, 3) % 4,
+    )
+    assert sums.tokens_D.tolist() == [8, 3, 10, 0]
+    assert sums.nats_DJ[3] == 0

@@ -8,7 +8,7 @@ import torch
 from bd3lm_scale.config.load import load_config
 from bd3lm_scale.diffusion.noising import noise_rows
 from bd3lm_scale.engine import build_engine, run_pass
-from bd3lm_scale.model.layer import keyed_dropout
+from bd3lm_scale.model.layer import dropout_site, keyed_dropout
 from bd3lm_scale.parallel.mesh import init_mesh, shutdown
 from bd3lm_scale.values import Rows
 
@@ -23,10 +23,14 @@ def key(number: int) -> torch.Tensor:
     return torch.tensor(number, dtype=torch.int64)
 
 
+def site(layer: int, index: int, shard: int) -> torch.Tensor:
+    return torch.tensor(dropout_site(layer, index, shard))
+
+
 def test_what_is_kept_is_enlarged_so_that_the_mean_stays():
     """Kept elements are exactly x / (1 - rate), the share dropped is the rate to 4 standard errors."""
     x = torch.rand(200, 500) + 0.5
-    out = keyed_dropout(x, RATE, key(7), 1, 0, 0)
+    out = keyed_dropout(x, RATE, key(7), site(1, 0, 0))
     kept = out != 0
     torch.testing.assert_close(out[kept], x[kept] / (1 - RATE))
     error = (RATE * (1 - RATE) / x.numel()) ** 0.5
@@ -39,18 +43,27 @@ def test_what_is_kept_is_enlarged_so_that_the_mean_stays():
 def test_the_mask_is_a_function_of_key_and_site_alone():
     x = torch.ones(64, 64)
     torch.manual_seed(1)
-    first = keyed_dropout(x, RATE, key(7), 2, 1, 0)
+    first = keyed_dropout(x, RATE, key(7), site(2, 1, 0))
     torch.manual_seed(2)
-    assert torch.equal(keyed_dropout(x, RATE, key(7), 2, 1, 0), first)
-    assert torch.equal(keyed_dropout(x, 0.0, key(7), 2, 1, 0), x)
-    assert torch.equal(keyed_dropout(x, RATE, None, 2, 1, 0), x)
+    assert torch.equal(keyed_dropout(x, RATE, key(7), site(2, 1, 0)), first)
+    assert torch.equal(keyed_dropout(x, 0.0, key(7), site(2, 1, 0)), x)
+    assert torch.equal(keyed_dropout(x, RATE, None, site(2, 1, 0)), x)
     others = [(8, 2, 1, 0), (7, 1, 1, 0), (7, 2, 0, 0), (7, 2, 1, 1)]
-    assert_unrelated([first != 0, *(keyed_dropout(x, RATE, key(k), *site) != 0 for k, *site in others)])
+    assert_unrelated([first != 0, *(keyed_dropout(x, RATE, key(k), site(*place)) != 0 for k, *place in others)])
+
+
+def test_every_site_has_a_stretch_of_philox_of_its_own():
+    """On CUDA 2^36 numbers from a place that fits 63 bits, for as many layers and ranks as a configuration may have."""
+    sites = [
+        dropout_site(layer, index, shard) for layer in (1, 2, 10_000) for index in (0, 1) for shard in (0, 1, 4095)
+    ]
+    assert len(set(sites)) == len(sites)
+    assert max(sites) << 36 < 2**63
 
 
 def test_gradients_pass_where_values_did():
     x = torch.ones(64, 64, requires_grad=True)
-    out = keyed_dropout(x, RATE, key(7), 1, 0, 0)
+    out = keyed_dropout(x, RATE, key(7), site(1, 0, 0))
     out.sum().backward()
     assert torch.equal(x.grad, out.detach())
 

@@ -56,6 +56,41 @@ def test_gradients_of_weights_and_bias_are_those_of_the_loss(case):
     assert bias[MASK] == 0
 
 
+@pytest.mark.parametrize("tail", [0, 1])
+def test_tiles_of_rows_equal_all_rows_at_once(case, monkeypatch, tail):
+    """Scores and every gradient, under weights of either sign and none; no buffer holds the logits of all rows."""
+    head, *_ = case
+    rows, tiles = 1024 + tail, 8
+    draw = torch.Generator().manual_seed(1)
+    hidden_RD = torch.randn(rows, 64, generator=draw)
+    conditioning_RC = torch.randn(rows, 32, generator=draw).to(head.output.weight.dtype)
+    target_R = torch.randint(0, MASK, (rows,), generator=draw)
+    weight_2R = torch.randn(2, rows, generator=draw)
+    weight_2R[:, ::5] = 0
+    found = []
+    for tile_bytes in (2**28, rows // tiles * 4 * len(head.output.weight)):
+        monkeypatch.setattr("bd3lm_scale.model.head.TILE_BYTES", tile_bytes)
+        head.zero_grad()
+        inputs = [t.clone().requires_grad_() for t in (hidden_RD, conditioning_RC)]
+        products = []
+
+        def recorded(x, weight, bias, products=products):
+            products.append(linear_fp32(x, weight, bias))
+            return products[-1]
+
+        monkeypatch.setattr("bd3lm_scale.model.head.linear_fp32", recorded)
+        out = head(*inputs, target_R, None)
+        (out * weight_2R).sum().backward()
+        found.append([out.detach(), *(t.grad for t in inputs), *(p.grad for p in head.parameters())])
+        of_logits = [len(product) for product in products if product.shape[1] == len(head.output.weight)]
+        assert max(of_logits) == (rows if tile_bytes == 2**28 else rows // tiles)
+        assert sum(of_logits) == (rows if tile_bytes == 2**28 else 2 * rows), "what is not kept is made again"
+    is_bf16 = head.output.weight.dtype == torch.bfloat16
+    for tiled, whole in zip(*found, strict=True):
+        tolerance = 2**-7 if is_bf16 and tiled.dtype == torch.bfloat16 else 1e-5  # a sum may round to a neighbour
+        torch.testing.assert_close(tiled, whole, rtol=tolerance, atol=1e-4 if is_bf16 else 1e-5)
+
+
 def test_linear_fp32_takes_operands_of_two_dtypes():
     """Decoding on the CPU widens the weights once."""
     draw = torch.Generator().manual_seed(0)

@@ -33,7 +33,7 @@ from bd3lm_scale.parallel.mpu import ModelParallelUnit
 from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 from bd3lm_scale.training.step import noise_step, train_step
 from bd3lm_scale.validation import validate
-from bd3lm_scale.values import Rows
+from bd3lm_scale.values import PADDING, Rows, Targets
 
 VOCAB = 100
 STEPS = 5
@@ -49,9 +49,10 @@ TINY = [
 
 @dataclasses.dataclass
 class RandomStream:
-    """Rows drawn from their index alone."""
+    """Rows drawn from their index alone; of several documents where `document_block` is given, each from a block on."""
 
     context_length: int
+    document_block: int | None = None
     num_rows: int = 10
     vocab_size: int = VOCAB
     mask_token_id: int = VOCAB - 1
@@ -62,21 +63,47 @@ class RandomStream:
 
     read_held_out = read
 
-    @staticmethod
-    def held_out_layout(position: np.ndarray) -> dict:
-        return {}
+    def held_out_layout(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+        """Two documents and padding, or one and much padding."""
+        if self.document_block is None:
+            return {}
+        document = torch.full((len(index), self.context_length), PADDING)
+        for row, number in enumerate(index.tolist()):
+            first, second = 5 + number % 9, number % 12
+            start = -(-first // self.document_block) * self.document_block
+            document[row, :first] = 0
+            document[row, start : start + second] = 1
+        return {"document_BL": document, "is_target_BL": document >= 0}
+
+    @property
+    def num_documents(self) -> int:
+        return 2 * self.num_rows
+
+    def held_out_documents(self, index: np.ndarray) -> np.ndarray:
+        return 2 * index[:, None] + np.arange(2)
+
+
+def stream_of(config: RunConfig) -> RandomStream:
+    packed = config.data.packing == "documents"
+    return RandomStream(config.data.context_length, config.document_block if packed else None)
 
 
 def batches_of(config: RunConfig, mesh: Mesh, step: int) -> list[Rows]:
     size = config.train.global_batch_size
     plan = BatchPlan(size, config.train.micro_batch_size, mesh.data_rank, mesh.data_size)
-    stream = RandomStream(config.data.context_length)
+    stream = stream_of(config)
+    whole = stream.held_out_layout(step * size + np.arange(size)).get("document_BL")
+    targets = None
+    if whole is not None:
+        targets = Targets(int((whole >= 0).sum()), int((whole.amax(dim=1) + 1).sum()))
     out = []
     for micro_step in range(plan.num_micro_batches):
         position = plan.positions(micro_step)
         is_real = position < size
         tokens = stream.read(step * size + position) * is_real[:, None]
-        out.append(Rows(torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real)))
+        layout = stream.held_out_layout(step * size + position)
+        plain = (torch.from_numpy(tokens), torch.from_numpy(position), torch.from_numpy(is_real))
+        out.append(Rows(*plain, **layout, targets=targets))
     return out
 
 
@@ -211,7 +238,7 @@ def _run_case(name: str, overrides: list[str], harms: str, output: Path, world_s
         assert outcome.verdict == ("skip" if what else "ok"), (name, step, outcome.verdict)
         if not what:
             steps.append(dataclasses.asdict(outcome.report))
-    result = validate(engine, config, RandomStream(config.data.context_length), rows=10, draws=2, use_ema=True)
+    result = validate(engine, config, stream_of(config), rows=10, draws=2, use_ema=True)
     if saves:  # without mpu state is owned twice or not at all, and the store refuses that
         store = CheckpointStore(output / name / "checkpoints", config.checkpoint, mesh.rank, world_size, group)
         store.save(STEPS, engine.optimizer.slices(), {"optimizer_step": engine.optimizer.updates})

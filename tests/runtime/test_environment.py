@@ -4,7 +4,7 @@ import pytest
 
 from bd3lm_scale.config.environment import number_from_environment
 from bd3lm_scale.errors import ConfigError
-from bd3lm_scale.parallel.mesh import read_launch
+from bd3lm_scale.parallel.mesh import choose_device, read_launch
 from bd3lm_scale.runtime.command_line import for_a_restart, parse_train_arguments
 from bd3lm_scale.runtime.exit_codes import ExitCode
 from bd3lm_scale.runtime.run_folder import current_rank
@@ -59,6 +59,29 @@ def test_an_odd_variable_is_named(environment, name, value):
         environment(key, number)
     with pytest.raises(ConfigError, match=name):
         read_launch()
+
+
+def test_each_rank_has_the_gpu_it_can_see(environment, monkeypatch):
+    """All GPUs of the node and the local rank chooses, or, where Slurm gives each task its own, device 0."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    for name in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"):
+        environment(name, "")
+    visible = 4
+    assert [choose_device("auto", rank).index for rank in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="local rank 4 has no GPU of its own: this process sees 4"):
+        choose_device("auto", 4)
+    visible = 1
+    with pytest.raises(ValueError, match="let each see all GPUs of its node"):
+        choose_device("cuda", 3)
+    for name, value in (("SLURM_GPUS_PER_TASK", "1"), ("SLURM_GPU_BIND", "single:1")):
+        environment(name, value)
+        assert choose_device("cuda", 3).index == 0
+        environment(name, "")
+    environment("SLURM_GPUS_PER_TASK", "2")
+    visible = 2
+    with pytest.raises(ValueError, match="local rank 2"):
+        choose_device("cuda", 2)
 
 
 def test_a_restart_goes_on_whatever_the_first_start_asked_for():

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> dict:
         make_set(path / "set", str(tokenizer_file), args.shards, args.shard_tokens)
         for length in (128, 1024):
             figures |= _reading(path / "set", length, args)
+        figures |= _packing(path / "set", args)
         figures |= _seeking(path / "set", args)
     return figures
 
@@ -64,7 +65,9 @@ def make_set(folder: Path, tokenizer_path: str, num_shards: int, shard_tokens: i
         index = IndexWriter(folder / split)
         for number in range(count):
             tokens = np.random.default_rng(number).integers(0, identity.vocab_size, shard_tokens)
-            starts = np.arange(0, shard_tokens, 1000)
+            lengths = np.random.default_rng(number).lognormal(6.0, 1.0, shard_tokens // 100).astype(np.int64) + 1
+            starts = np.append(0, np.cumsum(lengths))
+            starts = starts[starts < shard_tokens]
             name = f"{split}-{number:06d}.tar"
             index.append(write_shard(folder / split, name, tokens, starts, "uint16", CHUNK_TOKENS))
         index.finish(Manifest(split, "uint16", CHUNK_TOKENS, 0, 0, 0, identity, (), {}))
@@ -110,6 +113,28 @@ def _rate(stream: RowStream, batch: int, length: int, steps: range) -> float:
     for step in steps:
         stream.read(np.arange(step * batch, (step + 1) * batch))
     return len(steps) * batch * length / (time.process_time() - started_at) / 1e6
+
+
+def _packing(folder: Path, args: argparse.Namespace) -> dict:
+    """Packed documents (403 tokens at the median): opening the set, which plans every shard, and reading."""
+    data = DataConfig(path=str(folder), context_length=1024, workers=0, packing="documents")
+    started_at = time.process_time()
+    stream = open_stream(data, seed=1, block_size=4)
+    planned = time.process_time() - started_at
+    _rate(stream, args.batch, 1024, range(args.steps))
+    started_at, index = time.process_time(), np.arange(args.steps * args.batch)
+    for part in np.split(index, args.steps):
+        stream.read(part)
+        stream.layout(part)
+        stream.targets(part)
+    seconds = time.process_time() - started_at
+    share = stream.source.padding_share
+    stream.close()
+    return {
+        "packed_plan_s_per_million_documents": planned / stream.num_documents * 1e6,
+        "packed_mtokens_per_cpu_s_L1024": len(index) * 1024 * (1 - share) / seconds / 1e6,
+        "packed_padding_share_L1024": share,
+    }
 
 
 def _seeking(folder: Path, args: argparse.Namespace) -> dict:

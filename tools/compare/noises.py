@@ -21,8 +21,8 @@ DEFAULTS = {"vocab_size": 512, "steps": 500, "context_length": 64, "layers": 2, 
 
 SETTINGS = (*DEFAULTS, "rows_per_step", "text", "data", "document", "validation_fraction")
 BASE = "paper_resample"
-SECTIONS = ("noises", "conversions")
-"""Parts of a report that commands of their own write, each between marks."""
+SECTIONS = ("noises", "conversions", "packing")
+"""Parts of a report that are written by themselves, each between marks."""
 BLOCK_SIZES = ("4", "8", "16", "L")
 PAPER = {"4": (0.45, 0.95), "8": (0.45, 0.95), "16": (0.3, 0.8), "L": (0.0, 0.5)}
 """The intervals of the paper's Section 5; it names none for 8, which takes that of 4."""
