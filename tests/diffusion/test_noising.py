@@ -127,6 +127,9 @@ def test_evaluation_times_do_not_follow_training_times_and_differ_by_draw():
     assert not torch.equal(first, second)
     assert not torch.equal(first, train)
     assert torch.equal(first[2:4], draw_times(11, "evaluation", 0, torch.tensor([2, 3]), 8, 6, FULL))
+    noisy = noise_rows_for_evaluation(text(6), process_for(), seed=11, draw=0, num_rows=6, interval=FULL)
+    trained = noise_rows(text(6), process_for(), seed=11, step=0, global_batch_size=6, interval=FULL)
+    assert not torch.isclose(noisy.time_BN, trained.time_BN, rtol=1e-3).any(), "not training's, down to the floor"
 
 
 def test_masks_are_drawn_anew_for_every_step_draw_row_and_seed():

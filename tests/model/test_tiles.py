@@ -45,6 +45,9 @@ STRETCH = st.tuples(
 
 @settings(max_examples=300, deadline=None)
 @example(stretches=[(1, 0, 0, [2]), (1, 0, 1, [])], cuts=[2, 2])  # a tile of noisy blocks 0 and 2, one of block 1
+@example(
+    stretches=[(0, 0, 0, [1]), (1, 0, 1, [])], cuts=[2, 2]
+)  # a tile of clean blocks 0 and 1, seen by noisy block 1
 @given(stretches=st.lists(STRETCH, min_size=1, max_size=5), cuts=st.lists(st.integers(1, 60), max_size=12))
 def test_any_pattern_is_summed_up_as_the_rule_says(stretches, cuts):
     """Stretches of any view and segment, blocks in any order, tiles of any widths: not only those of training."""

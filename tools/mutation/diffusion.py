@@ -98,7 +98,7 @@ DIFFUSION = (
         ),
         (
             "AR's mean over L tokens",
-            'process.context_length - 1 if process.objective == "ar"', 'process.context_length if process.objective == "ar"',
+            'targets.first if process.objective == "ar" else 0', "0",
         ),
     ),
     *mutants_of(

@@ -15,8 +15,6 @@ NETWORK = (
     *mutants_of(
         "bd3lm_scale/model/transformer_config.py",
         (_GRADIENTS,),
-        ("training normalizes otherwise", '"RMSNorm" if arch.norm == "rmsnorm" else "LayerNorm"', '"LayerNorm"'),
-        ("training has another epsilon", '"layernorm_epsilon": arch.norm_eps,', '"layernorm_epsilon": 1e-5,'),
         ("training activates otherwise", '"activation_func": ACTIVATIONS[arch.mlp],', '"activation_func": ACTIVATIONS["gelu"],'),
     ),
     *mutants_of(

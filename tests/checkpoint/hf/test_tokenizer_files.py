@@ -213,7 +213,7 @@ def words(kind):
 
 SPELLED = [*"<>/ms", "<m", "as", "<mas", "k>"]
 MODELS = {
-    "unigram": (unigram([*LETTERS, "<", ">", "/"]), {}),
+    "unigram": (unigram(["<m", *LETTERS, "<", ">", "/"]), {}),
     "unigram that cannot spell the name": (unigram(LETTERS), {}),
     "merges that make the name": (
         merged([*SPELLED, "a", "k"], [["<", "m"], ["a", "s"], ["<m", "as"], ["k", ">"], ["<mas", "k>"]]), {},
