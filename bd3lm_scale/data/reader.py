@@ -7,6 +7,7 @@ there a whole member is read once, the first time that it is touched.
 
 import io
 import os
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class _OpenShard:
             os.close(file)
             raise DamagedError(f"has {size} bytes, the manifest says {shard.size}")
         self.file = file
+        self.close = weakref.finalize(self, os.close, file)  # also where a reader is dropped without being closed
         self.members = shard.token_members.tolist()
         self.document_members = shard.document_members.tolist()
         self.num_tokens = shard.num_tokens
@@ -235,9 +237,9 @@ class ShardReader:
         shard = self.shards[number]
         self._open[number] = _OpenShard(self.files.open(shard), shard, self.manifest)
         if len(self._open) > _OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1].file)
+            self._open.popitem(last=False)[1].close()
         return self._open[number]
 
     def _forget(self, number: int) -> None:
         if number in self._open:
-            os.close(self._open.pop(number).file)
+            self._open.pop(number).close()

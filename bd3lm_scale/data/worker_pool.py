@@ -59,8 +59,10 @@ class _Worker:
         return True
 
     def receive(self) -> list[dict] | None:
-        """What the worker has to say, waiting for it; None when it has ended."""
-        select.select([self.answers], [], [])
+        """Block for answers of the worker; None when it has ended."""
+        waiting = select.poll()  # not select.select: it takes no descriptor beyond 1023
+        waiting.register(self.answers, select.POLLIN)
+        waiting.poll()
         data = os.read(self.answers, 1 << 16)
         *lines, self._unfinished = (self._unfinished + data).split(b"\n")
         return [json.loads(line) for line in lines] if data else None

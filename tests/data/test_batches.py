@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -140,6 +141,19 @@ def workers_of(pid: int) -> list[psutil.Process]:
 
 def gone(processes: list[psutil.Process], seconds: float = 10.0) -> bool:
     return not psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+def test_workers_answer_beyond_descriptor_1023(dataset, expected):
+    """Ranks of large runs hold thousands of sockets and files."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], 4096), before[1]))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert np.array_equal(rows_by_step(dataset[0], 1, 2, 3, workers=1), expected[:3])
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_killed_worker_is_replaced_and_no_row_is_lost(dataset, expected, caplog):
