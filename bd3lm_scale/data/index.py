@@ -77,16 +77,12 @@ class IndexWriter:
 
     def append(self, shard: Shard) -> dict:
         """Write a shard's arrays, durably; its record, fit for JSON."""
-        arrays = {key: getattr(shard, key) for key in _ARRAYS if getattr(shard, key) is not None}
-        content = save({key: np.ascontiguousarray(array) for key, array in arrays.items()})
+        content, record = _entry(shard, _end(self._records))
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / _PART).open("ab" if self._records else "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        start, digest = _end(self._records), hashlib.sha256(content).hexdigest()
-        entry = {field.name: getattr(shard, field.name) for field in fields(ShardEntry)}
-        record = {**entry, "arrays_start": start, "arrays_size": len(content), "arrays_sha256": digest}
         if shard.target_runs is not None:
             record["num_targets"] = int(np.diff(shard.target_runs).sum())
         self._records.append(record)
@@ -114,6 +110,15 @@ class IndexWriter:
         (self._folder / _PART).rename(self._folder / INDEX)
         write_file(self._folder / MANIFEST, json.dumps(_head(manifest, table), indent=1) + "\n")
         return open_split(self._folder)
+
+
+def _entry(shard: Shard, start: int) -> tuple[bytes, dict]:
+    """A shard's arrays as they stand in the index from byte `start` on, and its record."""
+    arrays = {key: getattr(shard, key) for key in _ARRAYS if getattr(shard, key) is not None}
+    content = save({key: np.ascontiguousarray(array) for key, array in arrays.items()})
+    record = {field.name: getattr(shard, field.name) for field in fields(ShardEntry)}
+    digest = hashlib.sha256(content).hexdigest()
+    return content, {**record, "arrays_start": start, "arrays_size": len(content), "arrays_sha256": digest}
 
 
 def _end(records: list[dict]) -> int:
@@ -241,15 +246,12 @@ def convert(manifest: Manifest, source_digest: str, path: Path) -> None:
         source_digest: SHA-256 of the file it came from.
         path: what to write.
     """
-    records, end = [], 0
+    records: list[dict] = []
     with path.open("wb") as file:
         for shard in manifest.shards:
-            content = save({key: np.ascontiguousarray(getattr(shard, key)) for key in _ARRAYS[:2]})
+            content, record = _entry(shard, _end(records))
             file.write(content)
-            entry = {field.name: getattr(shard, field.name) for field in fields(ShardEntry)}
-            digest = hashlib.sha256(content).hexdigest()
-            records.append({**entry, "arrays_start": end, "arrays_size": len(content), "arrays_sha256": digest})
-            end += len(content)
+            records.append(record)
         table = _table(records)
         file.write(table.tobytes())
         head = json.dumps(_head(replace(manifest, shards=(), preparation={}), table)).encode()

@@ -189,10 +189,7 @@ class ShardReader:
 
     def document_starts(self, number: int) -> np.ndarray:
         """Where documents begin in a shard, int64 (documents,): from the index, or its small members. BadShardError."""
-        try:
-            indexed = self.shards[number].document_starts
-        except (OSError, DamagedError) as problem:
-            raise BadShardError(self.prefix + self.shards.entry(number).name, str(problem)) from problem
+        indexed = self._indexed(number).document_starts
         if indexed is not None:
             return np.asarray(indexed, np.int64)
         return self._try(number, lambda: self._opened(number).document_starts())
@@ -200,10 +197,7 @@ class ShardReader:
     def targets(self, number: int) -> TargetIndex:
         """The targets of a shard of a manifest that has some; only the index is read. BadShardError."""
         if number not in self._targets:
-            try:
-                runs = self.shards[number].target_runs
-            except (OSError, DamagedError) as problem:
-                raise BadShardError(self.prefix + self.shards.entry(number).name, str(problem)) from problem
+            runs = self._indexed(number).target_runs
             assert runs is not None, "a manifest with targets has them in every shard"
             self._targets[number] = TargetIndex(runs)
             if len(self._targets) > _OPEN_SHARDS:
@@ -216,19 +210,26 @@ class ShardReader:
         for number in list(self._open):
             self._forget(number)
 
+    def _indexed(self, number: int) -> Shard:
+        """What the index holds of a shard (BadShardError)."""
+        try:
+            return self.shards[number]
+        except (OSError, DamagedError) as problem:
+            raise BadShardError(self.prefix + self.shards.entry(number).name, str(problem)) from problem
+
     def _try(self, number: int, action: Callable[[], Result]) -> Result:
         """What `action` makes of a shard, repeated where that may help (BadShardError)."""
-        shard = self.shards.entry(number)
 
         def recover(problem: Exception) -> bool:
             self._forget(number)
-            return not isinstance(problem, DamagedError) or self.files.discard(shard)
+            return not isinstance(problem, DamagedError) or self.files.discard(self.shards.entry(number))
 
         try:
             return retrying(action, self.retries, recover)
         except (OSError, DamagedError) as problem:
             self._forget(number)
-            raise BadShardError(self.prefix + shard.name, f"{problem} (in {self.files.where})") from problem
+            name = self.prefix + self.shards.entry(number).name
+            raise BadShardError(name, f"{problem} (in {self.files.where})") from problem
 
     def _opened(self, number: int) -> _OpenShard:
         if number in self._open:

@@ -153,24 +153,25 @@ class ShardSource:
     ) -> RowLayout:
         """Which document each position of packed rows belongs to."""
         document = np.zeros((len(source), self.config.context_length), np.int32)
-        for number in np.unique(source):
-            dataset, chosen = self._datasets[number], source == number
-            assert dataset.packed is not None, "only packed rows have a layout"
-            document[chosen] = dataset.packed.layout(
-                shard[chosen], inner[chosen] // dataset.order.num_rows, row[chosen]
-            )
+        for _, chosen, packed, rows in self._packed(source, shard, row, inner):
+            document[chosen] = packed.layout(*rows)
         return RowLayout(document >= 0, document)
 
     def _tokens_of_rows(self, source: np.ndarray, shard: np.ndarray, row: np.ndarray, inner: np.ndarray) -> np.ndarray:
         """Tokens of packed rows, and how many of them begin a document; int64 (n, 2), from the index alone."""
         out = np.zeros((len(source), 2), np.int64)
-        for number in np.unique(source):
-            dataset, chosen = self._datasets[number], source == number
-            assert dataset.packed is not None, "only packed rows have a layout"
-            out[chosen] = dataset.packed.num_targets(
-                shard[chosen], inner[chosen] // dataset.order.num_rows, row[chosen]
-            )
+        for _, chosen, packed, rows in self._packed(source, shard, row, inner):
+            out[chosen] = packed.num_targets(*rows)
         return out
+
+    def _packed(
+        self, source: np.ndarray, shard: np.ndarray, row: np.ndarray, inner: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray, DocumentRows, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+        """(number, which of the rows, what packs them, their shard, epoch and row) of each dataset."""
+        for number in np.unique(source).tolist():
+            dataset, chosen = self._datasets[number], np.flatnonzero(source == number)
+            assert dataset.packed is not None, "only packed rows have a layout"
+            yield number, chosen, dataset.packed, (shard[chosen], inner[chosen] // dataset.order.num_rows, row[chosen])
 
     @property
     def num_documents(self) -> int:
@@ -182,12 +183,8 @@ class ShardSource:
         source, shard, row, inner = self._locate(sample_index)
         before = np.cumsum([0, *(d.manifest.num_documents for d in self._datasets)])
         parts = []
-        for number in np.unique(source):
-            dataset, chosen = self._datasets[number], np.flatnonzero(source == number)
-            assert dataset.packed is not None, "only packed rows have a layout"
-            owner, document = dataset.packed.documents(
-                shard[chosen], inner[chosen] // dataset.order.num_rows, row[chosen]
-            )
+        for number, chosen, packed, rows in self._packed(source, shard, row, inner):
+            owner, document = packed.documents(*rows)
             parts.append((chosen[owner], document + before[number]))
         owner, document = (np.concatenate(found) for found in zip(*parts, strict=True))
         order = np.argsort(owner, kind="stable")

@@ -59,10 +59,13 @@ class _Known:
         """One more than the largest id."""
         return max(self.text) + 1
 
+    def has_role(self, token: int) -> bool:
+        """Whether it is another special token than the mask."""
+        return any(self.text[token] == named for role, named in self.roles.items() if role != "mask_token")
+
     def is_named(self, token: int) -> bool:
         """Whether a role other than the mask's, or the chat template, uses it."""
-        text = self.text[token]
-        return text in self.template or any(text == named for role, named in self.roles.items() if role != "mask_token")
+        return self.text[token] in self.template or self.has_role(token)
 
 
 def choose_mask(
@@ -105,17 +108,13 @@ def choose_mask(
 def _given(known: _Known | None, rows: int, given: int, taken: set[int] | frozenset[int]) -> MaskToken:
     if not 0 <= given <= rows:
         raise ValueError(f"mask_token_id ({given}): use an id below {rows}, or {rows} for a new one")
-    if given in taken or (known is not None and given in known.text and _has_role(known, given)):
+    if given in taken or (known is not None and given in known.text and known.has_role(given)):
         raise ValueError(f"mask_token_id ({given}): has a meaning of its own; use an id that nothing uses")
     name = NAMES[0] if known is None else known.text.get(given) or _unused_name(known, NAMES[0])
     if given == rows:
         return MaskToken(rows, name, NEW_ROW, rows + 1)
     is_known = known is not None and given in known.text
     return MaskToken(given, name, RESERVED_ID if is_known else SPARE_ROW, rows)
-
-
-def _has_role(known: _Known, token: int) -> bool:
-    return any(known.text[token] == named for role, named in known.roles.items() if role != "mask_token")
 
 
 def write_tokenizer(source: Path, folder: Path, mask: MaskToken) -> bool:
