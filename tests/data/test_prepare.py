@@ -27,6 +27,7 @@ from bd3lm_scale.data.prepare import prepare
 from bd3lm_scale.data.stream import open_stream
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.tokenizing import Preparation
+from tests.data.kills import Killed, prepare_through_kills
 
 TOOLS = Path(__file__).parents[2] / "tools"
 DOCUMENTS = [f"def f{i}(x):\n    return x * {i}\n" * (1 + i % 7) for i in range(60)] + ["", "  last\n\n one "]
@@ -165,10 +166,6 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tokenizer_path):
     assert {name.split("/")[0] for name in results[0]} == {"train", "validation", "tokenizer"}
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("rule", ["fraction", "last", "inputs"])
 def test_interrupted_preparation_goes_on_to_the_same_bytes(tmp_path, tokenizer_path, small_units, rule):
     corpus = str(write_jsonl(tmp_path / "a.jsonl"))
@@ -181,25 +178,13 @@ def test_interrupted_preparation_goes_on_to_the_same_bytes(tmp_path, tokenizer_p
     task = Preparation((corpus, str(tmp_path / "long.txt")), shard_tokens=400, chunk_tokens=64, **split)
     whole = prepare(task, str(tokenizer_path), tmp_path / "whole", 0)
     assert min(len(m.shards) for m in whole.values()) > 2
-    kills = 0
-    while True:
-        units = 0
-
-        def report(unit, tokens):
-            nonlocal units
-            units += 1
-            if units == 4:
-                raise Killed
-
-        try:
-            prepare(task, str(tokenizer_path), tmp_path / "out", 0, report)
-            break
-        except Killed:
-            kills += 1
-            # a line and a shard were being written
-            with (tmp_path / "out" / "progress.jsonl").open("a") as file:
-                file.write('{"split": "tr')
-            assert kills < 100, "no progress is made between kills"
+    kills = prepare_through_kills(
+        task,
+        str(tokenizer_path),
+        tmp_path / "out",
+        units=4,
+        after=lambda: append(tmp_path / "out" / "progress.jsonl", '{"split": "tr'),  # a line was being written
+    )
     assert kills > 2
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -397,27 +382,22 @@ def test_bad_records_stop_or_are_left_out_counted_and_listed(
     check_that_kills_change_nothing(tmp_path, tokenizer_path, files)
 
 
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
 def check_that_kills_change_nothing(folder: Path, tokenizer_path, files: list[str]) -> None:
     inputs = tuple(find_inputs([str(folder / "corpus")]))
     task = Preparation(inputs, on_bad_record="skip", shard_tokens=4, chunk_tokens=4, ignored=((".md files", 1),))
-    kills = 0
-    while True:
-        seen = 0
-
-        def report(unit, tokens):
-            nonlocal seen
-            seen += 1
-            if seen == 3:
-                raise Killed
-
-        try:
-            prepare(task, str(tokenizer_path), folder / "killed", 0, report)
-            break
-        except Killed:
-            kills += 1
-            with (folder / "killed" / "bad_records.jsonl").open("a") as file:
-                file.write('{"torn": ')
-            assert kills < 30
+    kills = prepare_through_kills(
+        task,
+        str(tokenizer_path),
+        folder / "killed",
+        units=3,
+        after=lambda: append(folder / "killed" / "bad_records.jsonl", '{"torn": '),
+        most=30,
+    )
     assert kills
     assert contents(folder / "killed") == contents(folder / "out")
 

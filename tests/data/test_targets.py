@@ -19,6 +19,7 @@ from bd3lm_scale.data.targets import TargetIndex, check_runs, cut_runs, runs_of
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.tokenizing import Preparation
 from bd3lm_scale.errors import BadShardError
+from tests.data.kills import prepare_through_kills
 from tests.data.templates import CHATML, FORGETS, MARKED, PLAIN, turns, write_conversations, write_tokenizer
 from tests.data.test_prepare import contents, load_tool, write_jsonl
 
@@ -104,32 +105,13 @@ def test_an_answer_that_nothing_has_ended_ends_with_eos(corpus, tmp_path):
     assert load_tokenizer(tmp_path / "out" / "tokenizer").chat_template == PLAIN
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_workers_and_kills_change_no_byte(corpus, tmp_path, monkeypatch):
     split = {"validation_fraction": 0.3}
     prepare(task(corpus, **split), str(tmp_path / "tokenizer"), tmp_path / "two", 2)
     monkeypatch.setattr(tokenizing, "_UNIT_BYTES", 500)
     prepare(task(corpus, **split), str(tmp_path / "tokenizer"), tmp_path / "whole", 0)
     assert contents(tmp_path / "two") == contents(tmp_path / "whole")
-    kills = 0
-    while True:
-        units = 0
-
-        def report(unit, tokens):
-            nonlocal units
-            units += 1
-            if units == 5:
-                raise Killed
-
-        try:
-            prepare(task(corpus, **split), str(tmp_path / "tokenizer"), tmp_path / "out", 0, report)
-            break
-        except Killed:
-            kills += 1
-            assert kills < 100
+    kills = prepare_through_kills(task(corpus, **split), str(tmp_path / "tokenizer"), tmp_path / "out", units=5)
     assert kills > 1
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
