@@ -1,7 +1,6 @@
 """Preparation: every input format, the same bytes for any number of workers and after any kill, nothing lost."""
 
 import gzip
-import importlib.util
 import json
 import os
 import re
@@ -27,56 +26,22 @@ from bd3lm_scale.data.prepare import prepare
 from bd3lm_scale.data.stream import open_stream
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.tokenizing import Preparation
-from tests.data.kills import Killed, prepare_through_kills
-
-TOOLS = Path(__file__).parents[2] / "tools"
-DOCUMENTS = [f"def f{i}(x):\n    return x * {i}\n" * (1 + i % 7) for i in range(60)] + ["", "  last\n\n one "]
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.data.preparing import (
+    DOCUMENTS,
+    TOOLS,
+    Killed,
+    contents,
+    load_tool,
+    prepare_through_kills,
+    tokens_of,
+    write_all_formats,
+    write_jsonl,
+)
 
 
 @pytest.fixture
 def small_units(monkeypatch):
     monkeypatch.setattr(tokenizing, "_UNIT_BYTES", 500)
-
-
-def write_jsonl(path: Path, documents=DOCUMENTS) -> Path:
-    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)))
-    return path
-
-
-def write_all_formats(folder: Path) -> dict[str, list[str]]:
-    """The same documents in every format, each as arguments of the tool."""
-    plain = write_jsonl(folder / "a.jsonl").read_bytes()
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(plain[:2000]) + gzip.compress(plain[2000:]))
-    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(plain[:2000]) + zstandard.compress(plain[2000:]))
-    table = pa.table({"id": range(len(DOCUMENTS)), "text": DOCUMENTS})
-    pyarrow.parquet.write_table(table, folder / "d.parquet", row_group_size=10)
-    saved = folder / "saved"
-    saved.mkdir()
-    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
-    for name, part in zip(names, (table.slice(0, 25), table.slice(25)), strict=True):
-        with pa.OSFile(str(saved / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(part)
-    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
-    (saved / "dataset_info.json").write_text("{}")
-    texts = folder / "texts"
-    texts.mkdir()
-    for i, text in enumerate(DOCUMENTS):
-        (texts / f"{i:03d}.txt").write_bytes(text.encode())
-    with webdataset.TarWriter(str(folder / "e.tar")) as sink:
-        for i, text in enumerate(DOCUMENTS):
-            sink.write({"__key__": f"{i:04d}", "txt": text, "json": {"text": "not this"}})
-    with webdataset.TarWriter(str(folder / "f.tar.gz")) as sink:
-        for i, text in enumerate(DOCUMENTS):
-            sink.write({"__key__": f"x/{i:04d}", "json": {"text": text}, "cls": i})
-    inputs = {p.name: [str(p)] for p in sorted(folder.iterdir())}
-    return inputs | {"pipe": [f"pipe:cat {folder}/e.tar"]}
 
 
 FORMATS = ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "saved", "texts", "e.tar", "f.tar.gz", "pipe"]
@@ -118,16 +83,6 @@ def test_format_is_what_the_option_says(tmp_path):
     assert [r.data for f in files for r in read_records(f, options)] == [b"one", b"two"]
     with pytest.raises(ValueError, match="no file inside"):
         find_inputs([str(tmp_path)], Options())
-
-
-def tokens_of(output: Path, split: str) -> np.ndarray:
-    """All tokens of a split, as plain webdataset reads them."""
-    shards = sorted(str(p) for p in (output / split).glob("*.tar"))
-    return np.concatenate([s["tokens.npy"] for s in webdataset.WebDataset(shards, shardshuffle=False).decode()])
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(output)): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()}
 
 
 def test_shards_hold_the_documents_with_eos_between(tmp_path, tokenizer_path):

@@ -19,9 +19,8 @@ from bd3lm_scale.data.targets import TargetIndex, check_runs, cut_runs, runs_of
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.tokenizing import Preparation
 from bd3lm_scale.errors import BadShardError
-from tests.data.kills import prepare_through_kills
+from tests.data.preparing import contents, load_tool, prepare_through_kills, write_jsonl
 from tests.data.templates import CHATML, FORGETS, MARKED, PLAIN, turns, write_conversations, write_tokenizer
-from tests.data.test_prepare import contents, load_tool, write_jsonl
 
 CONVERSATIONS = [
     turns(*[f"x{i} is {'x ' * (i % 5)}the square" for i in range(2 * n)], *(["and?"] if n % 3 == 0 else []))

@@ -12,7 +12,7 @@ from bd3lm_scale.data import documents, tokenizing
 from bd3lm_scale.data.prepare import prepare
 from bd3lm_scale.data.tokenizer import load_tokenizer
 from bd3lm_scale.data.tokenizing import Preparation
-from tests.data.test_prepare import tokens_of
+from tests.data.preparing import tokens_of
 from tests.data.test_reading import archive
 from tests.data.tokenizer_kinds import KINDS, NAMED, SPECIAL
 

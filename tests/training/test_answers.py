@@ -29,8 +29,8 @@ from bd3lm_scale.runtime.anomaly import AnomalyPolicy
 from bd3lm_scale.training.step import noise_step, train_step
 from bd3lm_scale.validation import validate
 from bd3lm_scale.values import Cursor, Interval
+from tests.data.preparing import load_tool
 from tests.data.templates import CHATML, write_conversations, write_tokenizer
-from tests.data.test_prepare import load_tool
 from tests.training_runs import CONFIG, WORDS, assert_same_run, losses_of, stream_of
 
 LENGTH, ROWS, BLOCK = 32, 8, 8
