@@ -116,7 +116,8 @@ class _TiledScores(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden_RD, weight_VD, bias_V, local_R, is_here_R, logsumexp_R, kept = ctx.saved_tensors
         rows = (hidden_RD, local_R, logsumexp_R, torch.where(is_here_R, grads[0][0], 0.0), grads[0][1].contiguous())
-        operand_VD = weight_VD.float() if weight_VD.device.type == "cpu" else weight_VD
+        is_widened = kept is None and weight_VD.device.type == "cpu"
+        operand_VD = weight_VD.float() if is_widened else weight_VD
         grad_hidden, grad_weight_VD, grad_bias_V = [], None, torch.zeros_like(bias_V)
         for hidden_TD, *numbers in zip(*(t.split(ctx.tile_rows) for t in rows), strict=True):
             product_TV = linear_fp32(hidden_TD, operand_VD, None) if kept is None else kept

@@ -5,12 +5,13 @@ anything is cut. Here its buffers begin as zeros; the values come afterwards, as
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
+
+from bd3lm_scale.parallel.groups import replaced
 
 
 @contextmanager
@@ -23,12 +24,18 @@ def buffers_without_copies(parameters: Iterable[nn.Parameter]) -> Iterator[None]
         count = sum(tensor.numel() for tensor in tensors)
         return torch.zeros(count, dtype=tensors[0].dtype, device=tensors[0].device)
 
-    with ExitStack() as patches:
-        for module in (bf16_optimizer, stage_1_and_2):
-            patches.enter_context(mock.patch.object(module, "_flatten_dense_tensors", zeros))
-        for parameter in parameters:  # marked as not to be sent to the other ranks
-            patches.enter_context(mock.patch.object(parameter, "ds_optim_param", True, create=True))
-        yield
+    marked: list[Any] = list(parameters)
+    with (
+        replaced(bf16_optimizer, "_flatten_dense_tensors", zeros),
+        replaced(stage_1_and_2, "_flatten_dense_tensors", zeros),
+    ):
+        for parameter in marked:
+            parameter.ds_optim_param = True  # not to be sent to the other ranks
+        try:
+            yield
+        finally:
+            for parameter in marked:
+                del parameter.ds_optim_param
 
 
 def cut(module: nn.Module, unit: Any, config: dict[str, Any], dtype: torch.dtype) -> None:

@@ -53,14 +53,14 @@ def few_groups() -> Iterator[None]:
         _made.clear()
         _made_under = dist.group.WORLD
     with (
-        _replaced(parallel_state, "create_group", create_group),
-        _replaced(distributed_c10d, "_hash_ranks_to_str", name),
+        replaced(parallel_state, "create_group", create_group),
+        replaced(distributed_c10d, "_hash_ranks_to_str", name),
     ):
         yield
 
 
 @contextmanager
-def _replaced(module: ModuleType, name: str, function: Callable) -> Iterator[None]:
+def replaced(module: ModuleType, name: str, function: Callable) -> Iterator[None]:
     """While the context lasts, `module.name` is `function`; a name that the module does not have is an error."""
     original = getattr(module, name)
     setattr(module, name, function)
